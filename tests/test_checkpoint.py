@@ -1,0 +1,347 @@
+"A run that is killed and resumed equals the one that is not; a save is whole or absent; nothing that is read runs."
+import errno, json, os, pickle, random, signal, subprocess, sys, time, warnings
+from functools import partial
+from pathlib import Path
+import numpy as np, pandas as pd, pytest, torch
+from fastai.basics import Adam, Callback, DataLoader, DataLoaders, Learner
+from fastai.callback.schedule import ParamScheduler, combined_cos
+from torch import nn
+from c2l_nb import checkpoint
+from c2l_nb.cache import pretrain_dls
+from c2l_nb.callback import C2LCallback, C2LLoss, StepDecay, c2l_opt
+from c2l_nb.checkpoint import C2LCheckpoint, CheckpointError, load_checkpoint, resume, save_checkpoint
+
+EPOCHS = 4
+IMAGES = np.random.default_rng(0).integers(0, 256, (32, 16, 16), dtype=np.uint8)
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    "Two threads make networks of this size slower"
+    n = torch.get_num_threads()
+    torch.set_num_threads(1); yield; torch.set_num_threads(n)
+
+def body(width=4):
+    return nn.Sequential(nn.Conv2d(1, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(.2),
+                         nn.Conv2d(width, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+
+class Noise(Callback):
+    "Draws from every global generator, remembers something, and dies when told to"
+    order, run_valid, checkpointed = 5, False, ('memory',)
+    def __init__(self, die=None): self.die, self.memory, self.events = die, 0., []
+    def before_epoch(self): self.events.append(('before', self.epoch))
+    def after_epoch(self): self.events.append(('after', self.epoch))
+    def after_backward(self):
+        if self.die and (self.epoch, self.iter) == self.die[1:]:
+            if self.die[0] == 'kill': os.kill(os.getpid(), signal.SIGKILL)
+            raise InterruptedError('stop')
+        self.memory += .001*np.random.randn() + .001*random.gauss(0, 1)
+        for p in self.learn.model.student.parameters(): p.grad.add_(1e-3*torch.randn_like(p) + 1e-3*self.memory)
+
+def scheds():
+    return dict(lr=combined_cos(.25, .001, .02, 1e-5), mom=combined_cos(.25, .95, .85, .95))
+
+def learner(kind, folder, die=None, seed=0, **config):
+    "'sgd': torch's, stepped, our loader; 'adam': fastai's, lr and momentum scheduled, a plain fastai loader with its own shuffling"
+    torch.manual_seed(seed); random.seed(seed); np.random.seed(seed)
+    cbs = [C2LCallback(**dict(queue_size=20, dim=8, momentum=.9) | config), Noise(die), C2LCheckpoint(folder, fingerprint='32 images')]
+    if kind == 'sgd': return Learner(pretrain_dls(IMAGES, bs=8, device='cpu'), body(), opt_func=c2l_opt, cbs=[*cbs, StepDecay()])
+    items = [(torch.from_numpy(x)[None],) for x in IMAGES]
+    dls = DataLoaders(DataLoader(items, bs=8, shuffle=True), DataLoader(items[:0], bs=8), device='cpu')
+    return Learner(dls, body(), loss_func=C2LLoss(), opt_func=Adam, cbs=[*cbs, ParamScheduler(scheds())])
+
+def fit(learn, start=0, n=EPOCHS):
+    with learn.no_bar(), learn.no_logging(): learn.fit(n, .02, start_epoch=start)
+    return learn
+
+def go_on(kind, folder, **kw):
+    learn = learner(kind, folder, seed=7, **kw)
+    return fit(learn, resume(learn, folder))
+
+def final(folder):
+    "All of the newest checkpoint, the time column aside"
+    tensors, meta = load_checkpoint(folder)
+    return tensors, meta | dict(rows=[r[:-1] for r in meta['rows']])
+
+def log(folder): return pd.read_csv(Path(folder)/'log.csv', dtype=str).drop(columns='time')
+
+def assert_same_run(a, b):
+    (ta, ma), (tb, mb) = final(a), final(b)
+    assert ma == mb and ta.keys() == tb.keys()
+    for k in ta: assert torch.equal(ta[k], tb[k]), k
+    pd.testing.assert_frame_equal(log(a), log(b))
+    assert log(a).epoch.tolist() == list(map(str, range(EPOCHS)))
+
+# ---- the claim
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_killed_and_resumed_is_the_same_run(tmp_path):
+    "SIGKILL within a batch of epoch 2, another process goes on: every tensor, number and row is equal, with SGD and with Adam"
+    env = dict(os.environ, OMP_NUM_THREADS=str(torch.get_num_threads()), PYTHONPATH=os.pathsep.join(sys.path))
+    other = subprocess.Popen([sys.executable, '-W', 'ignore', __file__, str(tmp_path)], env=env)
+    for kind in ('sgd', 'adam'): fit(learner(kind, tmp_path/f'{kind}_whole'))
+    assert other.wait() == 0
+    for kind in ('sgd', 'adam'):
+        assert_same_run(tmp_path/kind, tmp_path/f'{kind}_whole')
+        assert {k.split('.')[0] for k in final(tmp_path/kind)[0]} == {'model', 'opt', 'loop'}
+
+def test_each_epoch_resumes(tmp_path):
+    "Killed in epoch 1, again in 2, again in 3, on the same learner class: still the same run; others see nothing of skipped epochs"
+    fit(learner('sgd', tmp_path/'whole'))
+    with pytest.raises(InterruptedError): fit(learner('sgd', tmp_path/'run', die=('raise', 1, 0)))
+    for epoch in (2, 3):
+        with pytest.raises(InterruptedError): go_on('sgd', tmp_path/'run', die=('raise', epoch, 2))
+    learn = go_on('sgd', tmp_path/'run')
+    assert learn.noise.events == [('before', 3), ('after', 3)]
+    assert len(learn.recorder.values) == EPOCHS and len(learn.recorder.losses) == learn.train_iter == 16
+    assert learn.recorder.lrs == [.02]*8 + learn.recorder.lrs[8:]
+    assert_same_run(tmp_path/'whole', tmp_path/'run')
+
+def test_same_learner_after_an_interruption(tmp_path):
+    "A stopped Jupyter cell: resume on the very learner; without it, the fit is refused"
+    fit(learner('sgd', tmp_path/'whole'))
+    learn = learner('sgd', tmp_path/'run', die=('raise', 2, 1))
+    with pytest.raises(InterruptedError): fit(learn)
+    learn.noise.die = None
+    with pytest.raises(CheckpointError, match='epoch 2 is due'): fit(learn)
+    fit(learn, resume(learn, tmp_path/'run'))
+    assert_same_run(tmp_path/'whole', tmp_path/'run')
+
+def test_row_lost_between_checkpoint_and_log(tmp_path):
+    "A kill after the checkpoint and before log.csv leaves no gap"
+    fit(learner('sgd', tmp_path))
+    (tmp_path/'log.csv').write_text('epoch,train_loss,valid_loss,time\n')
+    go_on('sgd', tmp_path)
+    assert len(log(tmp_path)) == EPOCHS
+
+# ---- a save is whole or absent
+
+def tensors_of(step):
+    "By NumPy, since torch's threads do not survive a fork"
+    return dict(a=torch.from_numpy(np.full(50_000, step, np.float32)), b=torch.from_numpy(np.arange(10)))
+
+def forked(f):
+    "Run `f` in a forked process; its wait status"
+    pid = os.fork()
+    if pid == 0:
+        try: f()
+        finally: os._exit(1)
+    return os.waitpid(pid, 0)[1]
+
+def die_at_call(k):
+    "From now on the k-th call that touches the disk is the last; a write stops half way"
+    count = 0
+    def dying(f, *args, half=False, **kw):
+        nonlocal count
+        count += 1
+        if count == k:
+            if half: Path(args[0]).write_bytes(args[1][:len(args[1])//2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return f(*args, **kw)
+    checkpoint._write = partial(dying, checkpoint._write, half=True)
+    for module, names in ((os, ('fsync', 'rename', 'replace', 'mkdir')), (os, ('unlink', 'rmdir'))):
+        for name in names: setattr(module, name, partial(dying, getattr(module, name)))
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_sigkill_at_every_point_of_a_save(tmp_path):
+    "Wherever the kill falls, the newest checkpoint that loads is the old one or the new one, and the next save sweeps up"
+    for step in (1, 2): save_checkpoint(tmp_path, tensors_of(step), dict(step=step))
+    step, points = 2, 0
+    for k in range(1, 100):
+        def save(): die_at_call(k); save_checkpoint(tmp_path, tensors_of(step + 1), dict(step=step + 1)); os._exit(0)
+        status = forked(save)
+        tensors, meta = load_checkpoint(tmp_path)
+        assert meta['step'] in (step, step + 1) and torch.equal(tensors['a'], tensors_of(meta['step'])['a'])
+        step = meta['step']
+        if os.WIFEXITED(status): break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        points += 1
+    assert points > 10 and os.WEXITSTATUS(status) == 0
+    assert [d.name for d in sorted((tmp_path/'checkpoint').iterdir())] == [f'step-{s:09}' for s in (step - 1, step)]
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
+def test_sigkill_at_random(tmp_path):
+    "Ten writers that save without a pause, killed after random times"
+    step = 0
+    for i in range(10):
+        def write():
+            for s in range(step + 1, step + 10_000): save_checkpoint(tmp_path, tensors_of(s), dict(step=s))
+        pid = os.fork()
+        if pid == 0:
+            try: write()
+            finally: os._exit(1)
+        time.sleep(.05 + .1*random.Random(i).random())
+        os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error'); tensors, meta = load_checkpoint(tmp_path)      # nothing even to be refused
+        assert meta['step'] >= step and torch.equal(tensors['a'], tensors_of(meta['step'])['a'])
+        step = meta['step']
+    assert step > 10
+
+def test_disk_errors_are_raised(tmp_path, monkeypatch):
+    "A full disk ends the fit with OSError, leaves no debris, and the checkpoint before is good"
+    learn, fsync, calls = learner('sgd', tmp_path), os.fsync, []
+    def full(fd):
+        calls.append(fd)
+        if len(calls) > 9: raise OSError(errno.ENOSPC, 'No space left on device')
+        fsync(fd)
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError): fit(learn)
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path)[1]['epoch'] == 1 and len(list((tmp_path/'checkpoint').iterdir())) == 1
+    fit(learner('sgd', tmp_path/'whole'))
+    go_on('sgd', tmp_path)
+    assert_same_run(tmp_path, tmp_path/'whole')
+
+# ---- damage
+
+class Payload:
+    "What a pickle can do"
+    def __init__(self, flag): self.flag = str(flag)
+    def __reduce__(self): return exec, (f"open({self.flag!r}, 'w').close()",)
+
+def resum(path):
+    "Valid sums for whatever stands there"
+    files = {n: (path/n).read_bytes() for n in ('tensors.safetensors', 'meta.json')}
+    (path/'SHA256SUMS').write_text(checkpoint._sums(files))
+
+def damage(path, kind):
+    big, meta = path/'tensors.safetensors', path/'meta.json'
+    if kind == 'truncated': big.write_bytes(big.read_bytes()[:-100])
+    elif kind == 'empty': big.write_bytes(b'')
+    elif kind == 'missing': meta.unlink()
+    elif kind == 'file': [f.unlink() for f in path.iterdir()]; path.rmdir(); path.write_bytes(b'')
+    elif kind == 'garbage': meta.write_text('{"step": '); resum(path)
+    elif kind == 'latin': meta.write_bytes(b'{"step": "\xff"}'); resum(path)
+    elif kind == 'deep': meta.write_text('['*100_000); resum(path)
+    elif kind == 'list': meta.write_text('[]'); resum(path)
+    elif kind == 'future': meta.write_text(json.dumps(json.loads(meta.read_text()) | dict(format=2))); resum(path)
+    elif kind in ('pickle', 'zip'):
+        if kind == 'pickle': big.write_bytes(pickle.dumps(Payload(path.parent/'ran')))
+        else: torch.save(Payload(path.parent/'ran'), big)
+        meta.write_bytes(big.read_bytes()) if kind == 'zip' else None
+        resum(path)
+    else: raise AssertionError(kind)
+
+@pytest.mark.parametrize('kind', 'truncated empty missing file garbage latin deep list future pickle zip'.split())
+def test_damaged_is_refused(tmp_path, kind):
+    "The reason is given, the checkpoint before is used, a payload does not run; if both are damaged, an error says what to do"
+    for step in (1, 2): save_checkpoint(tmp_path, tensors_of(step), dict(step=step))
+    damage(tmp_path/'checkpoint/step-000000002', kind)
+    with pytest.warns(UserWarning, match='step-000000002 is refused: .+'): tensors, meta = load_checkpoint(tmp_path)
+    assert meta['step'] == 1 and torch.equal(tensors['a'], tensors_of(1)['a'])
+    damage(tmp_path/'checkpoint/step-000000001', kind)
+    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match='only damaged ones.*start the run anew'): load_checkpoint(tmp_path)
+    assert not (tmp_path/'checkpoint/ran').exists()
+    save_checkpoint(tmp_path, tensors_of(2), dict(step=2)) if kind != 'file' else None       # writes over the damaged one
+    if kind != 'file': assert load_checkpoint(tmp_path)[1]['step'] == 2
+
+def test_any_flipped_bit(tmp_path):
+    "60 single bits in each file"
+    path = save_checkpoint(tmp_path, dict(a=torch.arange(300.)), dict(step=1, note='x'*50))
+    g = np.random.default_rng(0)
+    for file in sorted(path.iterdir()):
+        whole = file.read_bytes()
+        for i in g.integers(0, len(whole), 60):
+            data = bytearray(whole); data[i] ^= 1 << int(g.integers(8)); file.write_bytes(data)
+            with warnings.catch_warnings(), pytest.raises(CheckpointError):
+                warnings.simplefilter('ignore'); load_checkpoint(tmp_path)
+        file.write_bytes(whole)
+    assert torch.equal(load_checkpoint(tmp_path)[0]['a'], torch.arange(300.))
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(CheckpointError, match='none'): load_checkpoint(tmp_path)
+
+def test_no_pickle():
+    text = Path(checkpoint.__file__).read_text()
+    assert not [w for w in ('pickle', 'torch.load', 'torch.save', 'allow_pickle', 'eval(', 'exec(') if w in text]
+
+def test_resume_uses_the_checkpoint_before(tmp_path):
+    "The newest is damaged: the run goes back an epoch and ends the same"
+    fit(learner('sgd', tmp_path/'whole'))
+    with pytest.raises(InterruptedError): fit(learner('sgd', tmp_path/'run', die=('raise', 3, 1)))
+    damage(sorted((tmp_path/'run/checkpoint').iterdir())[-1], 'truncated')
+    with pytest.warns(UserWarning, match='refused'): learn = go_on('sgd', tmp_path/'run')
+    assert learn.noise.events[0] == ('before', 2)
+    assert_same_run(tmp_path/'whole', tmp_path/'run')
+
+# ---- another run's
+
+def test_other_run_is_refused(tmp_path):
+    "Config, fingerprint, arch, optimiser: named, and no weight touched"
+    fit(learner('sgd', tmp_path))
+    def refused(learn, match, **kw):
+        before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+        with pytest.raises(CheckpointError, match=match): resume(learn, tmp_path, **kw)
+        assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
+    new = partial(learner, 'sgd', tmp_path/'other')
+    refused(new(temperature=.2), 'config.temperature: 0.07 in the checkpoint, 0.2 here')
+    refused(new(queue_size=24), 'config.queue_size: 20 .* 24')
+    refused(new(), "fingerprint: '32 images' in the checkpoint, '33 images' here", fingerprint='33 images')
+    refused(new(), 'config.lr: 0.03 .* 1.0', config=new().model.config.replace(lr=1.))
+    wide = Learner(new().dls, body(6), opt_func=c2l_opt, cbs=list(new().cbs)[-4:])
+    refused(wide, 'arch.student.backbone.0.weight')
+    adam = learner('adam', tmp_path/'other')
+    refused(adam, 'optimiser: .*SGD.*Optimizer')
+    assert resume(new(), tmp_path) == EPOCHS
+
+def test_folder_of_an_earlier_run_is_refused(tmp_path):
+    fit(learner('sgd', tmp_path))
+    with pytest.raises(CheckpointError, match='earlier run'): fit(learner('sgd', tmp_path))
+    learn = learner('sgd', tmp_path)
+    start = resume(learn, tmp_path)
+    with pytest.raises(CheckpointError, match='start_epoch=4'): fit(learn, n=6)
+    with pytest.raises(CheckpointError, match='less'): fit(learn, start, n=3)
+    with pytest.warns(UserWarning, match='stretch'): fit(learn, start, n=5)
+    assert len(log(tmp_path)) == 5
+
+def test_other_versions_are_told(tmp_path, monkeypatch):
+    fit(learner('sgd', tmp_path))
+    monkeypatch.setattr(checkpoint, '__version__', '9.9')
+    with pytest.warns(UserWarning, match='made_with.c2l_nb'): assert resume(learner('sgd', tmp_path), tmp_path) == EPOCHS
+
+# ---- beside the run
+
+def test_only_training_saves(tmp_path):
+    "lr_find, validate, get_preds: no checkpoint, and between resume and fit they change nothing"
+    learn = learner('sgd', tmp_path/'run')
+    learn.path = tmp_path
+    look = lambda: (learn.lr_find(num_it=20, stop_div=False, show_plot=False), learn.get_preds(ds_idx=0), learn.validate(ds_idx=0))
+    with learn.no_bar(), learn.no_logging(): look()
+    assert not (tmp_path/'run').exists()
+    with pytest.raises(InterruptedError): fit(learner('sgd', tmp_path/'run', die=('raise', 2, 0)))
+    before = final(tmp_path/'run')[1]
+    learn = learner('sgd', tmp_path/'run', seed=3)
+    learn.path = tmp_path
+    start = resume(learn, tmp_path/'run')
+    with learn.no_bar(), learn.no_logging(): look()
+    assert final(tmp_path/'run')[1] == before
+    fit(learn, start)
+    fit(learner('sgd', tmp_path/'whole'))
+    assert_same_run(tmp_path/'run', tmp_path/'whole')
+
+def test_progress_table_is_printed_again(tmp_path):
+    fit(learner('sgd', tmp_path))
+    learn, printed = learner('sgd', tmp_path), []
+    start = resume(learn, tmp_path)
+    learn.logger = printed.append
+    with learn.no_bar(): learn.fit(EPOCHS, .02, start_epoch=start)
+    assert [list(r) for r in printed] == load_checkpoint(tmp_path)[1]['rows']
+
+def test_plain_torch_loaders(tmp_path):
+    "fastai takes torch's loaders as well; their order comes from torch's global generator"
+    items = [(torch.from_numpy(x)[None],) for x in IMAGES]
+    def make():
+        learn = learner('sgd', tmp_path/'torch')
+        T = torch.utils.data.DataLoader
+        learn.dls = DataLoaders(T(items, 8, shuffle=True), T(items[:8], 8), device='cpu')
+        return learn
+    learn = make()
+    with learn.no_bar(), learn.no_logging(): learn.fit(2, .02)
+    assert resume(make(), tmp_path/'torch') == 2
+
+if __name__ == '__main__':      # of test_killed_and_resumed: processes that die, and this one, which goes on
+    for kind in ('sgd', 'adam'):
+        folder = Path(sys.argv[1], kind)
+        status = forked(lambda: fit(learner(kind, folder, die=('kill', 2, 1))))
+        assert os.WTERMSIG(status) == signal.SIGKILL and len(log(folder)) == 2
+    for kind in ('sgd', 'adam'): go_on(kind, Path(sys.argv[1], kind))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMAT', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'learner_state', 'C2LCheckpoint', 'resume']
 
-# %% ../nbs/24_checkpoint.ipynb #3d180b6d
+# %% ../nbs/24_checkpoint.ipynb #2802bc2c
 import csv, hashlib, io, json, os, platform, random, shutil, warnings
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from . import __version__
 
-# %% ../nbs/24_checkpoint.ipynb #e8bab624
+# %% ../nbs/24_checkpoint.ipynb #66448838
 FORMAT = 1   # of the files; a reader refuses any other
 
 class CheckpointError(ValueError):
@@ -45,7 +45,7 @@ def _replace(path, data):
     os.replace(tmp, path)
     _sync(path.parent)
 
-# %% ../nbs/24_checkpoint.ipynb #847f1b46
+# %% ../nbs/24_checkpoint.ipynb #c81aeb16
 def _sums(files): return ''.join(f'{hashlib.sha256(data).hexdigest()}  {name}\n' for name, data in files.items())
 def _all(folder): return sorted(Path(folder, 'checkpoint').glob('step-*'))
 
@@ -66,7 +66,7 @@ def _put(folder, files):
         _sync(folder.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/24_checkpoint.ipynb #4fde7829
+# %% ../nbs/24_checkpoint.ipynb #ca8a85c6
 def save_checkpoint(
     folder:str|Path, # the run's; checkpoints go to `folder/checkpoint/step-000001234`
     tensors:dict, # by name
@@ -84,7 +84,7 @@ def save_checkpoint(
         if d not in [*before[-1:], new]: shutil.rmtree(d)
     return new
 
-# %% ../nbs/24_checkpoint.ipynb #35eee641
+# %% ../nbs/24_checkpoint.ipynb #43d6ed24
 def _read(path):
     "Tensors and meta of one checkpoint; CheckpointError, or what the reading libraries raise, if it is damaged"
     files = {name: (path/name).read_bytes() for name in ('tensors.safetensors', 'meta.json')}
@@ -108,7 +108,7 @@ def load_checkpoint(
     raise CheckpointError(f"no checkpoint to resume from in {Path(folder)/'checkpoint'} ({found}): check the path, restore the "
                           "folder from a backup, or start the run anew in an empty folder")
 
-# %% ../nbs/24_checkpoint.ipynb #94e09454
+# %% ../nbs/24_checkpoint.ipynb #51a4c2ff
 def _get_random(r): version, ints, gauss = r.getstate(); return [version, torch.tensor(ints), gauss]
 def _set_random(r, state): r.setstate((state[0], tuple(state[1].tolist()), state[2]))
 
@@ -127,7 +127,7 @@ def _set_rng(dl, state):
     _set_random(random, state['python'])
     _set_random(getattr(dl, 'rng', random), state['loader'])
 
-# %% ../nbs/24_checkpoint.ipynb #e6a55b46
+# %% ../nbs/24_checkpoint.ipynb #c257fcb7
 def _get_recorder(r):
     losses = torch.stack(list(r.losses)) if len(r.losses) else torch.zeros(0)
     return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=losses, iters=r.iters, values=r.values,
@@ -138,7 +138,7 @@ def _set_recorder(r, state):
     r.values = [L(v) for v in state['values']]
     r.smooth_loss.count, r.smooth_loss.val = state['smooth']
 
-# %% ../nbs/24_checkpoint.ipynb #bd2c837d
+# %% ../nbs/24_checkpoint.ipynb #67bfa0ac
 def _flatten(tree, tensors, name=''):
     "`tree` for JSON; its tensors go to the dict `tensors`, and {'tensor': name} stands where each was"
     if isinstance(tree, Tensor):
@@ -155,7 +155,7 @@ def _unflatten(tree, tensors):
     if not isinstance(tree, dict): return tree
     return tensors[tree['tensor']] if tree.keys() == {'tensor'} else {k: _unflatten(v, tensors) for k, v in tree.items()}
 
-# %% ../nbs/24_checkpoint.ipynb #009ef718
+# %% ../nbs/24_checkpoint.ipynb #b0b1ebec
 def _listed(learn): return {cb.name: cb for cb in learn.cbs if getattr(type(cb), 'checkpointed', ())}
 
 def learner_state(
@@ -177,7 +177,7 @@ def _set_loop(learn, loop):
         for a, value in loop['callbacks'].get(name, {}).items(): setattr(cb, a, value)
     _set_rng(learn.dls.train, loop['rng'])
 
-# %% ../nbs/24_checkpoint.ipynb #00b29a78
+# %% ../nbs/24_checkpoint.ipynb #bc584ebe
 class C2LCheckpoint(Callback):
     "Save at each epoch's end what the next one depends on, and keep `log.csv`. OSError if the disk fails"
     order, name = 90, 'checkpoint'                   # after all that changes at an epoch's end
@@ -199,7 +199,7 @@ class C2LCheckpoint(Callback):
 
     def after_train(self): self.trained = not hasattr(self.learn, 'lr_finder')
 
-# %% ../nbs/24_checkpoint.ipynb #cf5fa264
+# %% ../nbs/24_checkpoint.ipynb #90e6af1c
 def _plain(x): return json.loads(json.dumps(asdict(x) if is_dataclass(x) else x))    # as it comes back from JSON
 
 @patch
@@ -224,14 +224,14 @@ def after_epoch(self:C2LCheckpoint):
     self._write_log()
     self.trained, self.next = False, self.epoch + 1
 
-# %% ../nbs/24_checkpoint.ipynb #8a98aa9a
+# %% ../nbs/24_checkpoint.ipynb #0b6cde0f
 @patch
 def _write_log(self:C2LCheckpoint):
     f = io.StringIO()
     csv.writer(f, lineterminator='\n').writerows([self.recorder.metric_names, *self.rows])
     _replace(self.folder/'log.csv', f.getvalue().encode())
 
-# %% ../nbs/24_checkpoint.ipynb #74d434a9
+# %% ../nbs/24_checkpoint.ipynb #cc93c71a
 @patch
 def before_fit(self:C2LCheckpoint):
     "After `resume`: keep the others quiet in epochs that are skipped"
@@ -248,10 +248,12 @@ def _go_on(self:C2LCheckpoint):
     for cb in self.muted: cb.run = True
     _set_loop(self.learn, self.pending)
     self.muted, self.pending = [], None
+    bar = getattr(getattr(self.learn, 'progress', None), 'mbar', None)
+    if bar: bar.update(0)                        # a bar counts from its first update, which was skipped
     for row in self.rows: self.logger(row)
     self._write_log()
 
-# %% ../nbs/24_checkpoint.ipynb #e6be87cd
+# %% ../nbs/24_checkpoint.ipynb #670c8227
 def _differences(saved, here, name):
     "Sentences, one a field"
     if not (isinstance(saved, dict) and isinstance(here, dict)):
@@ -264,7 +266,7 @@ def _load_opt(opt, state, device):
     else: state['state'] = to_device(state['state'], device)
     opt.load_state_dict(state)
 
-# %% ../nbs/24_checkpoint.ipynb #7aa258b2
+# %% ../nbs/24_checkpoint.ipynb #16ec9c09
 def _check(cb, meta):
     "CheckpointError if the run of `meta` is not the one that `cb` watches; a warning if its bits may not be equal"
     wrong = [d for k, v in cb.about().items() for d in _differences(meta.get(k), v, k)]
@@ -274,7 +276,7 @@ def _check(cb, meta):
     other = _differences(meta['made_with'], _made_with(), 'made_with')
     if other: warnings.warn(f"the run goes on, but perhaps not to the bit: {'; '.join(other)}")
 
-# %% ../nbs/24_checkpoint.ipynb #e1ed33dd
+# %% ../nbs/24_checkpoint.ipynb #38da470f
 def resume(
     learn:Learner, # made as for a new run, with its `C2LCheckpoint` (added if there is none)
     folder:str|Path, # of the run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_data', 'probe_labels', 'Precision', 'choose_config', 'compare_probes', 'pretrain', 'finish', 'main']
 
-# %% ../nbs/27_pretrain.ipynb #be9d2f5d
+# %% ../nbs/27_pretrain.ipynb #ab3cb4e1
 import base64, dataclasses, io, json, platform, re, sys, tempfile, warnings
 from html import escape
 from pathlib import Path
@@ -29,7 +29,7 @@ from .health import CollapseGuard, HealthCallback, OnlineProbe, plot_health
 from .checkpoint import C2LCheckpoint, resume as resume_run
 from .weights import export_backbone, load_backbone, read_card
 
-# %% ../nbs/27_pretrain.ipynb #79b4dd32
+# %% ../nbs/27_pretrain.ipynb #ed8b2ce7
 def load_data(
     data:str, # 'phantoms', a folder, or an index CSV
     size:int, # side of the squares to keep, px
@@ -49,10 +49,10 @@ def load_data(
     images, rows, _ = build_cache(table, size, progress=progress)
     return images, rows, fingerprint(rows)
 
-# %% ../nbs/27_pretrain.ipynb #80808f4b
+# %% ../nbs/27_pretrain.ipynb #3160dab2
 def probe_labels(
     rows:pd.DataFrame, # with `split` and `labels`
-    least:int=8, # positives and negatives that a label must have in train and in valid
+    least:int=5, # positives and negatives that a label must have in train and in valid
 ) -> list: # names, sorted; empty where nothing is labelled
     "Labels that a probe can be trained and scored on."
     if 'labels' not in rows: return []
@@ -64,7 +64,7 @@ def probe_labels(
         ok &= (part.sum(0) >= least) & ((1 - part).sum(0) >= least)
     return [n for n, good in zip(names, ok) if good]
 
-# %% ../nbs/27_pretrain.ipynb #a5cbb1f0
+# %% ../nbs/27_pretrain.ipynb #f4de1325
 class Precision(MixedPrecision):
     "fastai's mixed precision, on the device of the model."
     def before_fit(self):
@@ -72,7 +72,7 @@ class Precision(MixedPrecision):
         self.autocast, self.scales = autocast(device, dtype=dtype), []
         self.learn.scaler = GradScaler(device, enabled=dtype == torch.float16)
 
-# %% ../nbs/27_pretrain.ipynb #7838b9a8
+# %% ../nbs/27_pretrain.ipynb #a423c24f
 def choose_config(
     config:str, # 'auto', 'paper', 'official', 'moco', 'small', 'small_moco', or the config.json of a run
     n_images:int, # in the pool
@@ -82,6 +82,7 @@ def choose_config(
 ) -> C2LConfig:
     "The config of a run; ValueError for an unknown name."
     changes = {k: v for k, v in dict(changes, batch_size=batch, epochs=epochs).items() if v is not None}
+    if batch and batch > n_images: raise ValueError(f"a batch of {batch} needs more than the {n_images} training images there are: take a smaller batch")
     if config == 'auto': config = 'small' if n_images < 100_000 else 'paper'
     if config.startswith('small'):
         bs = batch or C2LConfig.small(n_images, 1).batch_size
@@ -91,7 +92,7 @@ def choose_config(
     if not config.endswith('.json'): raise ValueError(f"config must be auto, paper, official, moco, small, small_moco or a config.json, got {config!r}")
     return C2LConfig().replace(**(json.loads(Path(config).read_text())['config'] | changes))
 
-# %% ../nbs/27_pretrain.ipynb #6c80bd91
+# %% ../nbs/27_pretrain.ipynb #a662e127
 def _png(fig):
     "A figure as an <img> tag"
     out = io.BytesIO(); fig.savefig(out, format='png', dpi=80, bbox_inches='tight'); plt.close(fig)
@@ -119,7 +120,7 @@ def _report(out, about, log, table, difference):
     (out/'report.html').write_text(f'<!doctype html><meta charset="utf-8"><title>C2L pretraining</title><style>{style}</style>'
                                    f'<h1>C2L pretraining, {about["arch"]}</h1>{body}', encoding='utf-8')
 
-# %% ../nbs/27_pretrain.ipynb #7098d267
+# %% ../nbs/27_pretrain.ipynb #d3f3be89
 def compare_probes(
     bodies:dict, # name -> `C2L` model or body that prepares its own pixels
     images:np.ndarray, # N×S×S uint8, at the views' size
@@ -139,7 +140,7 @@ def compare_probes(
     first, second = list(scores.values())[:2]
     return table, paired_difference(y[test], first, second, groups[test], labels), feats
 
-# %% ../nbs/27_pretrain.ipynb #19351353
+# %% ../nbs/27_pretrain.ipynb #78a8d3a0
 def _check(out, resume, arch, precision):
     "Refuse what cannot work; returns the folder"
     out = Path(out)
@@ -173,7 +174,7 @@ def _learner(out, config, arch, images, rows, labels, mark, precision):
 
 def _squares(images, size): return np.stack([to_square(im, size) for im in images])
 
-# %% ../nbs/27_pretrain.ipynb #f4497e5e
+# %% ../nbs/27_pretrain.ipynb #b4dd77c5
 def pretrain(
     data:str='phantoms', # 'phantoms', a folder of radiographs, or an index CSV (file, patient, split, labels)
     out:str='c2l_run', # folder for everything the run leaves; new, unless `resume`
@@ -198,12 +199,14 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     start = resume_run(learn, out, fingerprint=mark) if resume else 0
     (out/'config.json').write_text(json.dumps(about, indent=1))
-    learn.fit(config.epochs, lr=config.lr, start_epoch=start)
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Your generator is empty')          # there is no validation set, and that is meant
+        learn.fit(config.epochs, lr=config.lr, start_epoch=start)
     if learn.collapse_guard.reason: raise RuntimeError(learn.collapse_guard.reason)
     finish(learn, out, about, images, rows, labels)
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #6a09665c
+# %% ../nbs/27_pretrain.ipynb #7aced5a6
 def finish(
     learn:Learner, # after training
     out:Path, # run folder
@@ -229,7 +232,7 @@ def finish(
     plot_embedding(umap_coords(feats), names, ax=ax); fig.savefig(out/'embedding.png', dpi=80, bbox_inches='tight'); plt.close(fig)
     _report(out, about, log, table, difference)
 
-# %% ../nbs/27_pretrain.ipynb #d9c06926
+# %% ../nbs/27_pretrain.ipynb #d2248495
 def _number(text):
     "A value of --set: number, comma-separated numbers, true or false, or text"
     if ',' in text: return tuple(_number(t) for t in text.split(',') if t)

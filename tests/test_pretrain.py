@@ -1,0 +1,97 @@
+"`pretrain` and its command: the run folder, resume, other inputs, bad input."
+import json
+import pandas as pd, pytest, torch
+from fastcore.script import anno_parser
+from safetensors.torch import load_file
+import c2l_nb.pretrain as module
+from c2l_nb.health import OnlineProbe
+from c2l_nb.phantom import write_phantoms
+from c2l_nb.pretrain import choose_config, pretrain
+from c2l_nb.weights import load_backbone, read_card
+
+pytestmark = pytest.mark.filterwarnings('ignore:the queue of', 'ignore:.*cannot be read', 'ignore:no image is labelled')
+TINY = dict(size=24, epochs=3, batch=16, n_phantoms=300, queue_size=48)
+
+@pytest.fixture(autouse=True)
+def no_umap(monkeypatch): monkeypatch.setattr(module, 'umap_coords', lambda feats, **kw: feats[:, :2].numpy())     # its import takes 20 s
+
+@pytest.fixture(scope='module')
+def run(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(module, 'umap_coords', lambda feats, **kw: feats[:, :2].numpy())
+        out = tmp_path_factory.mktemp('runs')/'whole'
+        pretrain(out=out, **TINY)
+    return out
+
+def test_run_folder(run):
+    "Everything is there, and says what was done"
+    names = {p.name for p in run.iterdir()}
+    assert {'config.json', 'log.csv', 'checkpoint', 'backbone.safetensors', 'embedding.png', 'report.html', 'probe.csv'} <= names
+    about, log, card = json.loads((run/'config.json').read_text()), pd.read_csv(run/'log.csv'), read_card(run/'backbone.safetensors')
+    assert log.epoch.tolist() == [0, 1, 2] and {'train_loss', 'top1', 'std', 'knn'} <= set(log)
+    assert about['config']['queue_size'] == 48 and about['data']['images'] == 180 and about['versions']['torch'] == torch.__version__
+    assert card['arch'] == 'resnet18' and card['channels'] == 1 and card['config'] == about['config']
+    assert load_backbone(run/'backbone.safetensors')(torch.zeros(2, 1, 24, 24)).shape == (2, 512)
+
+def test_report_is_one_file_without_patients_or_paths(run):
+    html = (run/'report.html').read_text()
+    assert 'data:image/png;base64' in html and str(run.parent) not in html and 'P00000' not in html and 'src="http' not in html
+
+def test_resume_equals_the_uninterrupted_run(run, tmp_path, monkeypatch):
+    "Stopped in epoch 1, resumed: the backbone is the same to the bit"
+    ask = OnlineProbe.after_train
+    def stop(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+        ask(self)
+    monkeypatch.setattr(OnlineProbe, 'after_train', stop)
+    with pytest.raises(KeyboardInterrupt): pretrain(out=tmp_path/'cut', **TINY)
+    monkeypatch.setattr(OnlineProbe, 'after_train', ask)
+    pretrain(out=tmp_path/'cut', resume=True, **TINY)
+    a, b = load_file(run/'backbone.safetensors'), load_file(tmp_path/'cut'/'backbone.safetensors')
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    left, right = (pd.read_csv(p/'log.csv').drop(columns='time') for p in (run, tmp_path/'cut'))
+    pd.testing.assert_frame_equal(left, right, check_exact=True)
+
+def test_resume_with_another_config_is_refused(run):
+    with pytest.raises(ValueError, match='momentum'): pretrain(out=run, resume=True, **{**TINY, 'momentum': .9})
+
+def test_folder_without_labels_and_with_a_broken_file(tmp_path):
+    "No probe then, and one bad file is left out"
+    write_phantoms(tmp_path/'x', 40, size=32, progress=False)
+    (tmp_path/'x'/'images'/'broken.png').write_bytes(b'no image')
+    learn = pretrain(str(tmp_path/'x'/'images'), tmp_path/'out', **{**TINY, 'epochs': 1})
+    assert len(learn.dls.train_ds) == 40 and 'knn' not in pd.read_csv(tmp_path/'out'/'log.csv') and not (tmp_path/'out'/'probe.csv').exists()
+
+def test_index_csv_trains_on_its_train_split(tmp_path):
+    index = write_phantoms(tmp_path/'x', 100, fmt='dcm', size=32, progress=False)
+    learn = pretrain(str(index), tmp_path/'out', config='small_moco', **{**TINY, 'epochs': 1})
+    assert len(learn.dls.train_ds) == 60 and not learn.model.config.mixes
+
+@pytest.mark.parametrize('bad, words', [
+    (dict(data='nowhere'), 'neither a folder nor an index CSV'), (dict(arch='resnet81'), 'resnet'), (dict(precision='int8'), 'precision'),
+    (dict(config='large'), 'config'), (dict(resume=True), 'no run to resume'), (dict(queue_length=3), 'no field'), (dict(batch=4096), 'batch')])
+def test_bad_arguments_cost_nothing(bad, words, tmp_path):
+    "A clear error, and no run folder is left"
+    with pytest.raises(ValueError, match=words): pretrain(**{**TINY, 'out': tmp_path/'new', **bad})
+    assert not (tmp_path/'new').exists()
+
+def test_bf16_on_a_cpu_is_half_precision_inside(tmp_path, monkeypatch):
+    "The convolutions run in bfloat16, the loss in float32"
+    seen = []
+    from c2l_nb.model import C2L
+    whole = C2L.loss
+    monkeypatch.setattr(C2L, 'loss', lambda self, *five: seen.append(whole(self, *five)) or seen[-1])
+    make = module.create_encoder
+    def spy(*args, **kw):
+        body = make(*args, **kw)
+        body.conv1.register_forward_hook(lambda m, i, o: seen.append(o.dtype) if m.training else None)
+        return body
+    monkeypatch.setattr(module, 'create_encoder', spy)
+    pretrain(out=tmp_path/'out', precision='bf16', **{**TINY, 'epochs': 1})
+    assert torch.bfloat16 in seen and all(o.dtype == torch.float32 for o in seen if isinstance(o, torch.Tensor))
+
+def test_command_explains_itself_and_its_errors():
+    help_text = anno_parser(module.main).format_help()
+    assert all(f'--{name}' in help_text for name in 'data out arch size epochs batch lr config seed precision resume set'.split())
+    assert 'paper' in help_text and 'released code' in help_text
+    with pytest.raises(SystemExit, match='c2l_pretrain: nowhere: is neither'): module.main(data='nowhere')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['C2LConfig', 'config_diff', 'C2L']
 
-# %% ../nbs/16_model.ipynb #16eddaac
+# %% ../nbs/16_model.ipynb #a8b4544a
 import dataclasses, math
 from dataclasses import dataclass, fields
 import pandas as pd, torch
@@ -18,7 +18,7 @@ from .teacher import EMATeacher
 from .feature_queue import FeatureQueue
 from .loss import c2l_loss
 
-# %% ../nbs/16_model.ipynb #a5e8072b
+# %% ../nbs/16_model.ipynb #8440ed3e
 @dataclass(frozen=True)
 class C2LConfig:
     "Every choice of a C2L run; the defaults are the paper's."
@@ -77,7 +77,7 @@ class C2LConfig:
     @property
     def mixes(self): return any(self.loss_weights[1:])  # are mixed images needed at all?
 
-# %% ../nbs/16_model.ipynb #e7a03245
+# %% ../nbs/16_model.ipynb #e5b7e18c
 def _paper(cls, **changes): return cls().replace(**changes)
 
 def _official(cls, **changes):
@@ -98,7 +98,7 @@ for f, doc in ((_paper, "As in the paper, with the released code's value where t
     f.__doc__ = doc
     setattr(C2LConfig, f.__name__[1:], classmethod(f))
 
-# %% ../nbs/16_model.ipynb #d79674c6
+# %% ../nbs/16_model.ipynb #3302199f
 def config_diff(
     a:C2LConfig, # for instance `C2LConfig.paper()`
     b:C2LConfig, # for instance `C2LConfig.official()`
@@ -107,7 +107,7 @@ def config_diff(
     rows = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a)}
     return pd.DataFrame({k: v for k, v in rows.items() if v[0] != v[1]}, index=['a', 'b']).T
 
-# %% ../nbs/16_model.ipynb #37feae95
+# %% ../nbs/16_model.ipynb #537a1091
 class C2L(nn.Module):
     "Student, teacher and queue around `backbone`, which is trained in place."
     def __init__(self,
@@ -133,8 +133,8 @@ class C2L(nn.Module):
         student, teacher = lambda x: self.student(self.prepare(x)), lambda x: self.teacher(self.prepare(x))
         if not self.config.mixes: return (q := student(x1)), q[:0], (k := teacher(x2)), k[:0], k[:0]
         if lam2 is None: lam2, perm2 = lam, perm
+        k, k_mix = teacher(x2), teacher(mixup(x2, lam2, perm2))     # first, while no activations of the student fill the memory
         q, q_mix = student(x1), student(mixup(x1, lam, perm))
-        k, k_mix = teacher(x2), teacher(mixup(x2, lam2, perm2))
         unit = nn.functional.normalize if self.config.feat_mix == 'unit' else nn.Identity()
         return q, q_mix, k, k_mix, mixup(unit(k), lam2, perm2)
 

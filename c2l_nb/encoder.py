@@ -6,19 +6,19 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'pool', 'in_channels', 'fold_rgb', 'create_encoder', 'feature_width',
            'ends_in_linear', 'Prepare', 'ProjectionHead', 'Encoder']
 
-# %% ../nbs/12_encoder.ipynb #4faf3152
+# %% ../nbs/12_encoder.ipynb #6a5e4414
 from difflib import get_close_matches
 import copy
 import torch, torchvision
 from torch import nn, Tensor
 
-# %% ../nbs/12_encoder.ipynb #6b667a1b
+# %% ../nbs/12_encoder.ipynb #10cfff99
 def pool(f:Tensor, # Features, B×F×H×W or B×F
         )->Tensor: # B×F
     "Mean over positions, whatever their number"
     return f.mean((2, 3)) if f.ndim == 4 else f
 
-# %% ../nbs/12_encoder.ipynb #c3bbb5fd
+# %% ../nbs/12_encoder.ipynb #73f7977f
 IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)  # of RGB in [0,1], torchvision's presets
 
 def _first_conv(model):
@@ -31,7 +31,7 @@ def in_channels(model:nn.Module, # Any network
     conv = _first_conv(model)[1]
     return 3 if conv is None else conv.in_channels
 
-# %% ../nbs/12_encoder.ipynb #3cfecb68
+# %% ../nbs/12_encoder.ipynb #665f8be6
 def fold_rgb(conv:nn.Conv2d, # A convolution over 3 channels
             )->nn.Conv2d: # Its copy over 1 channel
     "Sum the kernels over R, G and B: a grey image in one channel gives what three equal channels gave"
@@ -41,7 +41,7 @@ def fold_rgb(conv:nn.Conv2d, # A convolution over 3 channels
     new.in_channels, new.weight = 1, nn.Parameter(conv.weight.detach().sum(1, keepdim=True))
     return new
 
-# %% ../nbs/12_encoder.ipynb #162d1339
+# %% ../nbs/12_encoder.ipynb #315e7a0d
 def _torchvision_names():
     "The torchvision classifiers that pool adaptively and end in `fc` or `classifier`"
     names = torchvision.models.list_models(module=torchvision.models)
@@ -58,7 +58,7 @@ def _torchvision_body(arch, channels, weights):
         setattr(model.get_submodule(owner), attr, fold_rgb(conv))
     return model
 
-# %% ../nbs/12_encoder.ipynb #fb725818
+# %% ../nbs/12_encoder.ipynb #21ffa45e
 def _timm_body(arch, channels, weights):
     "A `timm` network without its classifier"
     close = get_close_matches(arch, _torchvision_names())
@@ -71,7 +71,7 @@ def _timm_body(arch, channels, weights):
         raise ValueError(f"unknown arch {arch!r}; close names: {', '.join(close) or 'none'}")
     return timm.create_model(arch, pretrained=weights is not None, num_classes=0, in_chans=channels)
 
-# %% ../nbs/12_encoder.ipynb #c1c8bb2a
+# %% ../nbs/12_encoder.ipynb #c0dcbfef
 def create_encoder(arch:str='resnet18', # torchvision's ResNets, DenseNets (paper: ResNet-18, DenseNet-121), `timm`'s
                    channels:int=3, # Of the image: 3, or 1 to save copying a grey image (torchvision: folded from 3)
                    weights:str|None=None, # None: from scratch, as the released code; 'imagenet': the library downloads
@@ -87,7 +87,7 @@ def create_encoder(arch:str='resnet18', # torchvision's ResNets, DenseNets (pape
     model.arch = arch  # c2l_nb.weights writes it into the model card
     return model
 
-# %% ../nbs/12_encoder.ipynb #535c3fcb
+# %% ../nbs/12_encoder.ipynb #513e5e70
 def _zeros_forward(model, channels, size):
     "What `model` answers to one black image; its mode and the random state stay as they were"
     p, modes = next(model.parameters(), torch.empty(0)), {m: m.training for m in model.modules()}
@@ -108,14 +108,14 @@ def feature_width(model:nn.Module, # A body: images to B×F or B×F×H×W
         raise ValueError(f"a body must return features B×F or B×F×H×W, {type(model).__name__} returns {what}")
     return f.shape[1]
 
-# %% ../nbs/12_encoder.ipynb #24559c31
+# %% ../nbs/12_encoder.ipynb #e892f1b2
 def ends_in_linear(model:nn.Module, # A network
                   )->bool: # True: probably a classifier, not a body
     "Whether the last registered layer, `nn.Identity` and dropout aside, is an `nn.Linear`"
     leaves = [m for m in model.modules() if not list(m.children()) and not isinstance(m, (nn.Identity, nn.Dropout))]
     return bool(leaves) and isinstance(leaves[-1], nn.Linear)
 
-# %% ../nbs/12_encoder.ipynb #c614e302
+# %% ../nbs/12_encoder.ipynb #daa472fc
 def _stats(v, channels):
     "`v` as `channels` numbers: one number is repeated, three are averaged for a grey image"
     v = tuple(float(o) for o in v)
@@ -124,7 +124,7 @@ def _stats(v, channels):
     if len(v) != channels: raise ValueError(f"mean and std need 1, 3 or {channels} (channels) numbers, got {v}")
     return v
 
-# %% ../nbs/12_encoder.ipynb #692b8032
+# %% ../nbs/12_encoder.ipynb #4d0fbff3
 class Prepare(nn.Module):
     "The one place that prepares pixels: bytes to [0,1], channels, normalisation"
     def __init__(self,
@@ -158,7 +158,7 @@ class Prepare(nn.Module):
         elif x.dtype != torch.float64: x = x.float()
         return x.mean(1, keepdim=True) if x.shape[1] > self.channels else x
 
-# %% ../nbs/12_encoder.ipynb #780a2dbc
+# %% ../nbs/12_encoder.ipynb #4dbe8f85
 class ProjectionHead(nn.Module):
     "From features to the vector that is compared: one linear layer, or MoCo v2's two"
     def __init__(self,
@@ -175,7 +175,7 @@ class ProjectionHead(nn.Module):
 
     def forward(self, f): return self.layers(f)  # B×F -> B×dim
 
-# %% ../nbs/12_encoder.ipynb #46c1e5ba
+# %% ../nbs/12_encoder.ipynb #6ca13422
 class Encoder(nn.Module):
     "A body, pooled, then a head: `forward` gives what is compared, `features` what is kept"
     def __init__(self,

@@ -1,13 +1,13 @@
 """Two 224 px views a radiograph from decoded 256 px images, on one core: C2LAugment against the released code's PIL transforms.
 
-Prints `name | ratio | goal | ok, short or void` a figure: the released pipeline's CPU time ÷ ours, median of seven alternated pairs.
-The released pipeline keeps its order (train_C2L_res18.py:200-213) and ends in a list of normalised 3×224×224 tensors, not collated;
-ours ends in two batches of 1×224×224, as the step copies to three channels and normalises inside the model. One line counts that too.
+A figure is the released pipeline's CPU time ÷ ours, as tests/benchmarks.py measures and prints it. The released pipeline keeps its
+order (train_C2L_res18.py:200-213) and ends in a list of normalised 3×224×224 tensors, not collated; ours ends in two batches of
+1×224×224, as the step copies to three channels and normalises inside the model. One line counts that too.
 """
-import statistics, time
 import numpy as np, torch
 import torchvision.transforms as T
 from PIL import Image
+from benchmarks import Bench, arguments
 from c2l_nb.augment import C2LAugment
 from c2l_nb.phantom import phantom
 
@@ -26,27 +26,9 @@ class Cutout:
 released = T.Compose([T.RandomResizedCrop(224, scale=(.2,1.)), T.RandomRotation(10), T.RandomGrayscale(.2), T.ColorJitter(.4,.4,.4,.4),
                       T.RandomHorizontalFlip(), T.ToTensor(), T.Normalize(MEAN, STD), Cutout(3,32)])
 
-def busy(seconds=1.):
-    "Share of the processors that others used during `seconds` of our sleep"
-    def ticks(): return [int(v) for v in open('/proc/stat').readline().split()[1:9]]
-    try: a = ticks(); time.sleep(seconds); b = ticks()
-    except OSError: return 0.
-    d = [y-x for x,y in zip(a,b)]
-    return 1 - (d[3]+d[4])/max(1,sum(d))
-
-def cpu(f):
-    "CPU seconds of one call"
-    start = time.process_time(); f(); return time.process_time()-start
-
-def ratio(theirs, ours, pairs=7):
-    "Median of alternated pairs, after one call of each, and both medians in seconds"
-    theirs(); ours()
-    t = [(cpu(theirs), cpu(ours)) for _ in range(pairs)]
-    return statistics.median(a/b for a,b in t), *(statistics.median(c) for c in zip(*t))
-
-def main(bs=32):
-    void = busy() > .1
-    torch.set_num_threads(1); torch.manual_seed(0); np.random.seed(0)
+def run(bench, bs=32):
+    "The figures of the augmentation"
+    torch.manual_seed(0); np.random.seed(0)
     films = [phantom(i, size=256).image for i in range(bs)]
     x,pils = torch.stack([torch.as_tensor(f)[None] for f in films]), [Image.fromarray(f).convert('RGB') for f in films]
     mean,std = (torch.tensor(v)[:,None,None] for v in (MEAN,STD))
@@ -56,9 +38,10 @@ def main(bs=32):
     figures = {'augmentation, two views, one core': lambda: (paper(x,g),paper(x,g)),
                'the same with brightness, contrast and black corners': lambda: (official(x,g),official(x,g)),
                'the same, copied to 3 channels and normalised': lambda: [v.sub(mean).div_(std) for v in (official(x,g),official(x,g))]}
-    for name,ours in figures.items():
-        r,a,b = ratio(theirs, ours)
-        print(f"{name} | {r:.2f} | >= 4 | {'void' if void else 'ok' if r>=4 else 'short'}", flush=True)
-        print(f'# {bs/a:.0f} against {bs/b:.0f} radiographs/s', flush=True)
+    for name,ours in figures.items(): bench.ratio(name, theirs, ours, '>= 4', threads=1, cpu=True, images=bs)
 
-if __name__=='__main__': main()
+if __name__=='__main__':
+    args = arguments(__doc__).parse_args()
+    bench = Bench(args.pairs)
+    run(bench)
+    if args.save: bench.save(args.save, 'python tests/bench_augment.py')

@@ -107,7 +107,7 @@ def test_jitter_equals_torchvision(x):
     for i,o in enumerate(A.jitter_(xb.clone(), b, c)):
         assert torch.allclose(o, TF.adjust_contrast(TF.adjust_brightness(xb[i], b[i].item()), c[i].item()), atol=1e-6)
         ref = TF.to_tensor(TF.adjust_contrast(TF.adjust_brightness(pil(x[i]), b[i].item()), c[i].item()))
-        assert off(o, ref) <= 1
+        assert off(o, ref) <= 1.5        # PIL cuts decimals off after each of the two
     factors = C2LAugment(jitter=.4).draw(5000, (9,9), rng()).light
     assert factors.min()>=.6 and factors.max()<=1.4 and (factors.mean(0)-1).abs().max()<.02
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['to_square', 'build_cache', 'PoolDL', 'pretrain_dls', 'labelled_dls']
 
-# %% ../nbs/03_cache.ipynb #8667e830
+# %% ../nbs/03_cache.ipynb #8b4456e3
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +18,7 @@ from .phantom import seeded
 from .radiograph import RadiographError, read_radiograph
 from .datasets import DataError
 
-# %% ../nbs/03_cache.ipynb #992ae1a1
+# %% ../nbs/03_cache.ipynb #a825a597
 def to_square(
     image:np.ndarray, # H×W uint8
     size:int, # side of the result, px
@@ -30,7 +30,7 @@ def to_square(
     left, top = (im.width - size)//2, (im.height - size)//2
     return np.asarray(im.crop((left, top, left + size, top + size)))
 
-# %% ../nbs/03_cache.ipynb #cafa5d54
+# %% ../nbs/03_cache.ipynb #84cdd0bf
 def build_cache(
     items:pd.DataFrame, # one row an image, with `path`, from `folder` or `index_csv`
     size:int, # side of the squares, px
@@ -49,7 +49,7 @@ def build_cache(
     if len(bad): warnings.warn(f"{len(bad):,} of {len(items):,} images cannot be read and are left out; the first: {bad.reason.iloc[0]}")
     return np.stack([im for im, _ in results if im is not None]), items[good].reset_index(drop=True), bad
 
-# %% ../nbs/03_cache.ipynb #c282c7aa
+# %% ../nbs/03_cache.ipynb #dede27ff
 class _Pool:
     "Images and what is known of them; `loss_func` tells fastai's `Learner` that no other loss is needed."
     def __init__(self, images, ids): self.images, self.ids = images, ids
@@ -80,7 +80,7 @@ def pretrain_dls(
     train.seed = seed
     return DataLoaders(train, PoolDL(none, bs=bs, indexed=True, device=device), device=device)
 
-# %% ../nbs/03_cache.ipynb #e039af4a
+# %% ../nbs/03_cache.ipynb #6309921a
 def labelled_dls(
     images:np.ndarray, # N×S×S uint8, those that vote or train
     y, # N class numbers, or N×C of 0, 1, NaN

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['feature_std', 'effective_rank', 'HealthCallback', 'OnlineProbe', 'CollapseGuard', 'plot_health']
 
-# %% ../nbs/23_health.ipynb #87ecc5e9
+# %% ../nbs/23_health.ipynb #84e57982
 import math
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 from .metrics import auroc
 from .embed import extract_features, knn_predict
 
-# %% ../nbs/23_health.ipynb #81b95f55
+# %% ../nbs/23_health.ipynb #3fcc8027
 def feature_std(
     z:Tensor, # N×D, any length
 ) -> float: # 1: spread over the whole sphere, 0: all the same
@@ -32,7 +32,7 @@ def effective_rank(
     p = s/s.sum().clamp_min(1e-12)
     return torch.special.entr(p).sum().exp().item()
 
-# %% ../nbs/23_health.ipynb #3ed7aca0
+# %% ../nbs/23_health.ipynb #389bc175
 class HealthCallback(Callback):
     "Columns in the progress table that show whether a C2L run is alive."
     order, run_valid, checkpointed = 14, False, ('rows', 'now')
@@ -70,7 +70,7 @@ class HealthCallback(Callback):
     @property
     def log(self): return pd.DataFrame(self.rows)   # one row an epoch
 
-# %% ../nbs/23_health.ipynb #4d251858
+# %% ../nbs/23_health.ipynb #440b8270
 class OnlineProbe(Callback):
     "kNN AUROC of the backbone's features on a labelled set, each epoch, as `knn`."
     order, run_valid, checkpointed = 15, False, ('knn',)
@@ -95,12 +95,12 @@ class OnlineProbe(Callback):
 
     def after_fit(self): self.learn.metrics = [m for m in self.learn.metrics if m.name != 'knn']
 
-# %% ../nbs/23_health.ipynb #60b75ed0
+# %% ../nbs/23_health.ipynb #c100ff71
 class CollapseGuard(Callback):
     "Stop a run that is dead, and say why; needs `HealthCallback`."
     order, run_valid = 16, False
     def __init__(self,
-        min_std:float=.02, # spread below this is collapse; a fresh ResNet-18 has about .1, a healthy run ends above .5
+        min_std:float=.02, # spread below this is collapse; a fresh ResNet-18 has about .1, a run of thousands of steps should end above .5
         grace:int=2, # epochs before spread is judged
     ): self.min_std, self.grace, self.reason = min_std, grace, ''
 
@@ -121,7 +121,7 @@ class CollapseGuard(Callback):
             self._stop(f"collapse: all images get nearly the same vector (spread {std:.4f} of 1). Lower the learning rate, raise the "
                        "teacher's momentum, or check that the queue receives keys.")
 
-# %% ../nbs/23_health.ipynb #ab6615c2
+# %% ../nbs/23_health.ipynb #e8b623f2
 def plot_health(
     log:pd.DataFrame, # `HealthCallback.log`, or a run's log.csv
 ): # a figure of three panels
@@ -132,7 +132,7 @@ def plot_health(
             part = ax.twinx() if c == 'rank' else ax
             part.plot(log.epoch, log[c], style, c='C0' if style == '-' else 'C1', label=c)
             part.set_ylabel(c, color='C0' if style == '-' else 'C1')
-        if 'top1' in cols: ax.set_yscale('log')
+        if 'top1' in cols: ax.set_yscale('log'); ax.set_ylabel('top1, and chance (dashed)')
         if 'neg_cos' in cols: ax.set_ylabel('cosine'); ax.legend(fontsize=7)
         ax.set_xlabel('epoch')
     return fig

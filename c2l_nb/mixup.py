@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sample_mix', 'mixup']
 
-# %% ../nbs/11_mixup.ipynb #3b32a70b
+# %% ../nbs/11_mixup.ipynb #74a3342b
 import torch
 from torch import Tensor
 
-# %% ../nbs/11_mixup.ipynb #bcd374c2
+# %% ../nbs/11_mixup.ipynb #90db35cf
 def sample_mix(
     bs:int, # number of images in the batch, the paper's Z
     alpha:float=1., # both parameters of the Beta law; the paper's value gives uniform `lam` in [0,1]
@@ -25,7 +25,7 @@ def sample_mix(
     if lam_max: lam = torch.maximum(lam, 1 - lam)
     return lam.squeeze() if lam_per == 'batch' else lam, torch.randperm(bs, generator=generator)
 
-# %% ../nbs/11_mixup.ipynb #d9c72bb6
+# %% ../nbs/11_mixup.ipynb #31aade06
 def mixup(
     x:Tensor, # B×…, images or features
     lam:Tensor, # scalar or B, from `sample_mix`

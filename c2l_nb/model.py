@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['C2LConfig', 'config_diff', 'C2L']
 
-# %% ../nbs/16_model.ipynb #a8b4544a
+# %% ../nbs/16_model.ipynb #a08d55d6
 import dataclasses, math
 from dataclasses import dataclass, fields
 import pandas as pd, torch
@@ -18,7 +18,7 @@ from .teacher import EMATeacher
 from .feature_queue import FeatureQueue
 from .loss import c2l_loss
 
-# %% ../nbs/16_model.ipynb #8440ed3e
+# %% ../nbs/16_model.ipynb #ae223b31
 @dataclass(frozen=True)
 class C2LConfig:
     "Every choice of a C2L run; the defaults are the paper's."
@@ -77,7 +77,7 @@ class C2LConfig:
     @property
     def mixes(self): return any(self.loss_weights[1:])  # are mixed images needed at all?
 
-# %% ../nbs/16_model.ipynb #e5b7e18c
+# %% ../nbs/16_model.ipynb #5adf9762
 def _paper(cls, **changes): return cls().replace(**changes)
 
 def _official(cls, **changes):
@@ -87,18 +87,20 @@ def _official(cls, **changes):
 def _moco(cls, **changes): return cls(loss_weights=(1., 0., 0.), enqueue=('A',)).replace(**changes)
 
 def _small(cls, n_images, n_steps, **changes):
-    keys = 3*n_images
-    return cls(queue_size=2**max(5, round(math.log2(.156*keys))), momentum=min(.999, max(.99, 1 - 4/n_steps)), head='mlp', crop=(.4, 1.),
-               schedule='cosine', warmup=.02, batch_size=128 if n_images >= 4096 else 64).replace(**changes)
+    batch = changes.get('batch_size', 64 if n_images >= 2048 else 32)
+    queue = max(.156*3*n_images, 4*3*batch)               # an epoch's keys times the share in the paper's ablation; at least four steps
+    momentum = min(.999, max(.9, 1 - 6/max(1, n_steps)))   # the teacher forgets over a sixth of the run
+    return cls(queue_size=2**round(math.log2(queue)), momentum=momentum, head='mlp', crop=(.4, 1.), schedule='cosine', warmup=.02,
+               lr=.015*batch/64, batch_size=batch).replace(**changes)
 
 for f, doc in ((_paper, "As in the paper, with the released code's value where the paper is silent"),
                (_official, "The released code, run with `--softmax`"),
                (_moco, "loss_A alone: MoCo, at half the cost of a step"),
-               (_small, "For a pool of `n_images` < 100,000 trained for `n_steps`: formulas in notebook 40")):
+               (_small, "For a pool of `n_images` < 100,000 trained for `n_steps`; starting values, chosen by short trials, not by a finished search")):
     f.__doc__ = doc
     setattr(C2LConfig, f.__name__[1:], classmethod(f))
 
-# %% ../nbs/16_model.ipynb #3302199f
+# %% ../nbs/16_model.ipynb #c87c2c9f
 def config_diff(
     a:C2LConfig, # for instance `C2LConfig.paper()`
     b:C2LConfig, # for instance `C2LConfig.official()`
@@ -107,7 +109,7 @@ def config_diff(
     rows = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a)}
     return pd.DataFrame({k: v for k, v in rows.items() if v[0] != v[1]}, index=['a', 'b']).T
 
-# %% ../nbs/16_model.ipynb #537a1091
+# %% ../nbs/16_model.ipynb #c9bca559
 class C2L(nn.Module):
     "Student, teacher and queue around `backbone`, which is trained in place."
     def __init__(self,

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['load_data', 'probe_labels', 'Precision', 'Snapshots', 'choose_config', 'compare_probes', 'pretrain', 'finish', 'main']
 
-# %% ../nbs/27_pretrain.ipynb #7b38c0c3
-import base64, dataclasses, io, json, platform, re, sys, tempfile, warnings
+# %% ../nbs/27_pretrain.ipynb #bf89275f
+import base64, dataclasses, io, json, platform, shlex, sys, tempfile, warnings
 from html import escape
 from pathlib import Path
 import fastai, numpy as np, pandas as pd, torch, torchvision
-from fastai.basics import Callback, Learner, patch
+from fastai.basics import Callback, Learner
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.script import call_parse
@@ -29,7 +29,7 @@ from .health import CollapseGuard, HealthCallback, OnlineProbe, plot_health
 from .checkpoint import C2LCheckpoint, resume as resume_run
 from .weights import export_backbone, load_backbone, read_card
 
-# %% ../nbs/27_pretrain.ipynb #1862f46f
+# %% ../nbs/27_pretrain.ipynb #6a4d9b68
 def load_data(
     data:str, # 'phantoms', a folder, or an index CSV
     size:int, # side of the squares to keep, px
@@ -51,7 +51,7 @@ def load_data(
     images, rows, _ = build_cache(table, size, progress=progress)
     return images, rows, fingerprint(rows)
 
-# %% ../nbs/27_pretrain.ipynb #f342565c
+# %% ../nbs/27_pretrain.ipynb #a4bc9f7c
 def _take(table, column, value, data):
     "Rows of `table` whose `column` is `value`"
     if column not in table: raise DataError(f"{data}: has no column {column!r}; it has {list(table.columns)}")
@@ -59,7 +59,7 @@ def _take(table, column, value, data):
     if not len(rows): raise DataError(f"{data}: no row has {column}={value}; there are {sorted(table[column].astype(str).unique())[:8]}")
     return rows
 
-# %% ../nbs/27_pretrain.ipynb #78e215b1
+# %% ../nbs/27_pretrain.ipynb #09939f25
 def probe_labels(
     rows:pd.DataFrame, # with `split` and `labels`
     least:int=5, # positives and negatives that a label must have in train and in valid
@@ -74,7 +74,7 @@ def probe_labels(
         ok &= (part.sum(0) >= least) & ((1 - part).sum(0) >= least)
     return [n for n, good in zip(names, ok) if good]
 
-# %% ../nbs/27_pretrain.ipynb #e62e38d4
+# %% ../nbs/27_pretrain.ipynb #22123e9d
 class Precision(MixedPrecision):
     "fastai's mixed precision, on the device of the model."
     def before_fit(self):
@@ -82,7 +82,7 @@ class Precision(MixedPrecision):
         self.autocast, self.scales = autocast(device, dtype=dtype), []
         self.learn.scaler = GradScaler(device, enabled=dtype == torch.float16)
 
-# %% ../nbs/27_pretrain.ipynb #074d13e1
+# %% ../nbs/27_pretrain.ipynb #9e409bf9
 class Snapshots(Callback):
     "Keep the backbone every `every` epochs, the untrained one included, as `folder/epoch-0010.safetensors`."
     order = 80
@@ -102,7 +102,7 @@ class Snapshots(Callback):
     def after_train(self):
         if (self.epoch + 1) % self.every == 0: self._keep(self.epoch + 1)
 
-# %% ../nbs/27_pretrain.ipynb #f9de97d7
+# %% ../nbs/27_pretrain.ipynb #1c7ab7d8
 def choose_config(
     config:str, # 'auto', 'paper', 'official', 'moco', 'small', 'small_moco', or the config.json of a run
     n_images:int, # in the pool
@@ -122,7 +122,7 @@ def choose_config(
     if not config.endswith('.json'): raise ValueError(f"config must be auto, paper, official, moco, small, small_moco or a config.json, got {config!r}")
     return C2LConfig().replace(**(json.loads(Path(config).read_text())['config'] | changes))
 
-# %% ../nbs/27_pretrain.ipynb #bed99a73
+# %% ../nbs/27_pretrain.ipynb #4af1eaaa
 def _png(fig):
     "A figure as an <img> tag"
     out = io.BytesIO(); fig.savefig(out, format='png', dpi=80, bbox_inches='tight'); plt.close(fig)
@@ -150,7 +150,7 @@ def _report(out, about, log, table, difference):
     (out/'report.html').write_text(f'<!doctype html><meta charset="utf-8"><title>C2L pretraining</title><style>{style}</style>'
                                    f'<h1>C2L pretraining, {about["arch"]}</h1>{body}', encoding='utf-8')
 
-# %% ../nbs/27_pretrain.ipynb #dc6b0940
+# %% ../nbs/27_pretrain.ipynb #50a1443f
 def compare_probes(
     bodies:dict, # name -> `C2L` model or body that prepares its own pixels
     images:np.ndarray, # N×S×S uint8, at the views' size
@@ -170,10 +170,12 @@ def compare_probes(
     first, second = list(scores.values())[:2]
     return table, paired_difference(y[test], first, second, groups[test], labels), feats
 
-# %% ../nbs/27_pretrain.ipynb #4b5d5c25
-def _check(out, resume, arch, precision):
+# %% ../nbs/27_pretrain.ipynb #903e469c
+def _check(out, resume, arch, precision, **numbers):
     "Refuse what cannot work; returns the folder"
     out = Path(out)
+    for name, n in numbers.items():
+        if n is not None and n < 1: raise ValueError(f"{name} must be at least 1, got {n}")
     if precision not in ('fp32', 'bf16', 'fp16'): raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
     if resume and not (out/'config.json').is_file(): raise ValueError(f"{out} holds no run to resume: leave out --resume, or check the path")
     if not resume and out.exists() and any(out.iterdir()): raise ValueError(f"{out} is not empty: add --resume to go on, or choose another --out")
@@ -183,7 +185,8 @@ def _check(out, resume, arch, precision):
 def _about(config, arch, rows, mark, data, versions=(torch, torchvision, fastai, np, pd)):
     "config.json"
     pool = rows[rows.split == 'train']
-    return dict(command=' '.join(['c2l_pretrain', *map(str, sys.argv[1:])]) if sys.argv[0].endswith('c2l_pretrain') else None,
+    args = [Path(a).name if Path(a).exists() else a for a in sys.argv[1:]]          # names, no paths
+    return dict(command=shlex.join(['c2l_pretrain', *args]) if 'pretrain' in Path(sys.argv[0]).name else None,
                 arch=arch, channels=1, config=dataclasses.asdict(config),
                 data=dict(name=Path(data).name, images=len(pool), patients=int(pool.patient.nunique()), fingerprint=mark),
                 versions=dict(c2l_nb=__version__, python=platform.python_version(), **{m.__name__: m.__version__ for m in versions}))
@@ -204,7 +207,7 @@ def _learner(out, config, arch, images, rows, labels, mark, precision):
 
 def _squares(images, size): return np.stack([to_square(im, size) for im in images])
 
-# %% ../nbs/27_pretrain.ipynb #84883f70
+# %% ../nbs/27_pretrain.ipynb #b9c5f40f
 def pretrain(
     data:str='phantoms', # 'phantoms', a folder of radiographs, or an index CSV (file, patient, split, labels)
     out:str='c2l_run', # folder for everything the run leaves; new, unless `resume`
@@ -223,10 +226,13 @@ def pretrain(
     **changes, # further fields of `C2LConfig`
 ) -> Learner: # trained; `learn.model.student.backbone` is the result
     "Pretrain a backbone and write a run folder. ValueError before anything long if an argument cannot work, RuntimeError for a dead run."
-    out = _check(out, resume, arch, precision)
+    out = _check(out, resume, arch, precision, size=size, epochs=epochs, batch=batch)
+    C2LConfig().replace(**changes)                                # a misspelt field ends here
     images, rows, mark = load_data(data, round(1.25*size), n_phantoms, where)
     config = choose_config(config, int((rows.split == 'train').sum()), batch, epochs, lr=lr, size=size, seed=seed, **changes)
     labels, about = probe_labels(rows), _about(config, arch, rows, mark, data)
+    print(f"{about['data']['images']:,} images to train on, batch {config.batch_size}, queue {config.queue_size}, momentum {config.momentum:.4g}, "
+          f"{config.epochs} epochs; " + (f"probing {', '.join(labels)}" if labels else "no probe: no label has 5 images with and 5 without it in train and in valid"))
     learn = _learner(out, config, arch, images, rows, labels, mark, precision)
     if snapshots: learn.add_cb(Snapshots(out/'snapshots', snapshots, _card(about)))
     out.mkdir(parents=True, exist_ok=True)
@@ -239,7 +245,7 @@ def pretrain(
     finish(learn, out, about, images, rows, labels)
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #380f9037
+# %% ../nbs/27_pretrain.ipynb #c879cab1
 def _card(about):
     "What a backbone file says of itself"
     return {k: about[k] for k in ('arch', 'config', 'data', 'versions')} | dict(
@@ -260,7 +266,10 @@ def finish(
         fresh = Learner(learn.dls, create_encoder(about['arch'], channels=1), cbs=C2LCallback(learn.model.config)).model
         table, difference, feats = compare_probes({'C2L': learn.model, 'untrained': fresh}, small, rows, labels)
         table.to_csv(out/'probe.csv', index=False)
+        print("Linear probe, mean AUROC on the valid patients, with 95 % intervals:")
         print(table[table['class'] == 'mean'][['features', 'auroc', 'low', 'high']].to_string(index=False, float_format='{:.3f}'.format))
+        print("C2L minus untrained: {difference:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference.iloc[-1][['difference', 'low', 'high']]))
+        difference = difference.rename(columns=dict(auroc_a='C2L', auroc_b='untrained'))
     pick = np.random.default_rng(0).permutation(np.flatnonzero((rows.split != 'train').values | (not labels)))[:1000]
     feats = feats['C2L'][pick] if labels else extract_features(learn.model, torch.from_numpy(small[pick])[:, None])
     fig, ax = plt.subplots(figsize=(5, 4))
@@ -268,7 +277,7 @@ def finish(
     plot_embedding(umap_coords(feats), names, ax=ax); fig.savefig(out/'embedding.png', dpi=80, bbox_inches='tight'); plt.close(fig)
     _report(out, about, log, table, difference)
 
-# %% ../nbs/27_pretrain.ipynb #bb629162
+# %% ../nbs/27_pretrain.ipynb #f0202f09
 def _number(text):
     "A value of --set: number, comma-separated numbers, true or false, or text"
     if ',' in text: return tuple(_number(t) for t in text.split(',') if t)
@@ -283,14 +292,14 @@ def main(
     out:str='c2l_run', # Folder for everything the run leaves
     arch:str='resnet18', # resnet18 or densenet121 (paper), any torchvision ResNet or DenseNet, any timm name
     size:int=None, # Side of the views, px; default 224 (paper), for phantoms 48
-    epochs:int=None, # Default of the config: 240 (paper), for phantoms 12
-    batch:int=None, # Images a step; default of the config: 256 (paper)
-    lr:float=None, # SGD's learning rate; default of the config: 0.03 (paper)
+    epochs:int=None, # Default 240 (paper), for phantoms 24
+    batch:int=None, # Images a step; default of the config: 256 (paper), 64 or 32 (small)
+    lr:float=None, # SGD's learning rate; default of the config: 0.03 (paper), 0.015*batch/64 (small)
     config:str='auto', # auto, paper, official (released code), moco, small, small_moco, or a config.json; auto: small below 100,000 images, else paper
     seed:int=0, # Of all draws
     precision:str='fp32', # fp32, bf16 or fp16
     n_phantoms:int=1024, # Phantoms to draw
-    resume:bool=False, # Go on with the run in --out from its last finished epoch
+    resume:bool=False, # Go on with the run in --out from its last finished epoch, with the same settings
     where:str='', # Rows of an index CSV to take, as body_part=chest
     snapshots:int=0, # Keep the backbone every so many epochs
     set:str='', # Further fields of C2LConfig, as "queue_size=4096 momentum=0.99 crop=0.4,1"
@@ -298,8 +307,11 @@ def main(
     "Pretrain a backbone on radiographs without labels, by comparing image representations (C2L)"
     phantoms = data == 'phantoms'
     try:
+        if any('=' not in pair for pair in set.split()): raise ValueError(f"--set takes field=value pairs, got {set!r}")
         changes = {k: _number(v) for k, v in (pair.split('=', 1) for pair in set.split())}
-        pretrain(data, out, arch, size or (48 if phantoms else 224), epochs or (12 if phantoms else None), batch, lr, config, seed, precision,
+        own = [k for k in changes if k in ('size', 'lr', 'seed', 'epochs', 'batch_size')]
+        if own: raise ValueError(f"{own[0]} has an option of its own, --{own[0].replace('_size', '')}: use that in place of --set")
+        pretrain(data, out, arch, (48 if phantoms else 224) if size is None else size, 24 if epochs is None and phantoms else epochs, batch, lr, config, seed, precision,
                  n_phantoms, resume, where, snapshots, **changes)
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_pretrain: {e}") from e
     print(f"Wrote {out}: see report.html; the backbone is backbone.safetensors")

@@ -69,7 +69,8 @@ def test_index_csv_trains_on_its_train_split(tmp_path):
 
 @pytest.mark.parametrize('bad, words', [
     (dict(data='nowhere'), 'neither a folder nor an index CSV'), (dict(arch='resnet81'), 'resnet'), (dict(precision='int8'), 'precision'),
-    (dict(config='large'), 'config'), (dict(resume=True), 'no run to resume'), (dict(queue_length=3), 'no field'), (dict(batch=4096), 'batch')])
+    (dict(config='large'), 'config'), (dict(resume=True), 'no run to resume'), (dict(queue_length=3), 'no field'), (dict(batch=4096), 'batch'),
+    (dict(epochs=0), 'epochs must be at least 1')])
 def test_bad_arguments_cost_nothing(bad, words, tmp_path):
     "A clear error, and no run folder is left"
     with pytest.raises(ValueError, match=words): pretrain(**{**TINY, 'out': tmp_path/'new', **bad})
@@ -95,3 +96,5 @@ def test_command_explains_itself_and_its_errors():
     assert all(f'--{name}' in help_text for name in 'data out arch size epochs batch lr config seed precision resume set'.split())
     assert 'paper' in help_text and 'released code' in help_text
     with pytest.raises(SystemExit, match='c2l_pretrain: nowhere: is neither'): module.main(data='nowhere')
+    with pytest.raises(SystemExit, match='option of its own'): module.main(set='size=64')
+    with pytest.raises(SystemExit, match='field=value'): module.main(set='crop')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_data', 'probe_labels', 'Precision', 'Snapshots', 'choose_config', 'compare_probes', 'pretrain', 'finish', 'main']
 
-# %% ../nbs/27_pretrain.ipynb #bf89275f
+# %% ../nbs/27_pretrain.ipynb #2866bfb0
 import base64, dataclasses, io, json, platform, shlex, sys, tempfile, warnings
 from html import escape
 from pathlib import Path
@@ -29,7 +29,7 @@ from .health import CollapseGuard, HealthCallback, OnlineProbe, plot_health
 from .checkpoint import C2LCheckpoint, resume as resume_run
 from .weights import export_backbone, load_backbone, read_card
 
-# %% ../nbs/27_pretrain.ipynb #6a4d9b68
+# %% ../nbs/27_pretrain.ipynb #45792359
 def load_data(
     data:str, # 'phantoms', a folder, or an index CSV
     size:int, # side of the squares to keep, px
@@ -51,7 +51,7 @@ def load_data(
     images, rows, _ = build_cache(table, size, progress=progress)
     return images, rows, fingerprint(rows)
 
-# %% ../nbs/27_pretrain.ipynb #a4bc9f7c
+# %% ../nbs/27_pretrain.ipynb #f40a4035
 def _take(table, column, value, data):
     "Rows of `table` whose `column` is `value`"
     if column not in table: raise DataError(f"{data}: has no column {column!r}; it has {list(table.columns)}")
@@ -59,7 +59,7 @@ def _take(table, column, value, data):
     if not len(rows): raise DataError(f"{data}: no row has {column}={value}; there are {sorted(table[column].astype(str).unique())[:8]}")
     return rows
 
-# %% ../nbs/27_pretrain.ipynb #09939f25
+# %% ../nbs/27_pretrain.ipynb #422e1a6f
 def probe_labels(
     rows:pd.DataFrame, # with `split` and `labels`
     least:int=5, # positives and negatives that a label must have in train and in valid
@@ -74,7 +74,7 @@ def probe_labels(
         ok &= (part.sum(0) >= least) & ((1 - part).sum(0) >= least)
     return [n for n, good in zip(names, ok) if good]
 
-# %% ../nbs/27_pretrain.ipynb #22123e9d
+# %% ../nbs/27_pretrain.ipynb #4eb034d4
 class Precision(MixedPrecision):
     "fastai's mixed precision, on the device of the model."
     def before_fit(self):
@@ -82,7 +82,7 @@ class Precision(MixedPrecision):
         self.autocast, self.scales = autocast(device, dtype=dtype), []
         self.learn.scaler = GradScaler(device, enabled=dtype == torch.float16)
 
-# %% ../nbs/27_pretrain.ipynb #9e409bf9
+# %% ../nbs/27_pretrain.ipynb #eeb756d8
 class Snapshots(Callback):
     "Keep the backbone every `every` epochs, the untrained one included, as `folder/epoch-0010.safetensors`."
     order = 80
@@ -102,7 +102,7 @@ class Snapshots(Callback):
     def after_train(self):
         if (self.epoch + 1) % self.every == 0: self._keep(self.epoch + 1)
 
-# %% ../nbs/27_pretrain.ipynb #1c7ab7d8
+# %% ../nbs/27_pretrain.ipynb #9918a8fe
 def choose_config(
     config:str, # 'auto', 'paper', 'official', 'moco', 'small', 'small_moco', or the config.json of a run
     n_images:int, # in the pool
@@ -122,7 +122,7 @@ def choose_config(
     if not config.endswith('.json'): raise ValueError(f"config must be auto, paper, official, moco, small, small_moco or a config.json, got {config!r}")
     return C2LConfig().replace(**(json.loads(Path(config).read_text())['config'] | changes))
 
-# %% ../nbs/27_pretrain.ipynb #4af1eaaa
+# %% ../nbs/27_pretrain.ipynb #9fbd727e
 def _png(fig):
     "A figure as an <img> tag"
     out = io.BytesIO(); fig.savefig(out, format='png', dpi=80, bbox_inches='tight'); plt.close(fig)
@@ -150,7 +150,7 @@ def _report(out, about, log, table, difference):
     (out/'report.html').write_text(f'<!doctype html><meta charset="utf-8"><title>C2L pretraining</title><style>{style}</style>'
                                    f'<h1>C2L pretraining, {about["arch"]}</h1>{body}', encoding='utf-8')
 
-# %% ../nbs/27_pretrain.ipynb #50a1443f
+# %% ../nbs/27_pretrain.ipynb #c8f48947
 def compare_probes(
     bodies:dict, # name -> `C2L` model or body that prepares its own pixels
     images:np.ndarray, # N×S×S uint8, at the views' size
@@ -170,7 +170,7 @@ def compare_probes(
     first, second = list(scores.values())[:2]
     return table, paired_difference(y[test], first, second, groups[test], labels), feats
 
-# %% ../nbs/27_pretrain.ipynb #903e469c
+# %% ../nbs/27_pretrain.ipynb #d9cd3bf7
 def _check(out, resume, arch, precision, **numbers):
     "Refuse what cannot work; returns the folder"
     out = Path(out)
@@ -207,7 +207,7 @@ def _learner(out, config, arch, images, rows, labels, mark, precision):
 
 def _squares(images, size): return np.stack([to_square(im, size) for im in images])
 
-# %% ../nbs/27_pretrain.ipynb #b9c5f40f
+# %% ../nbs/27_pretrain.ipynb #e2ad55f6
 def pretrain(
     data:str='phantoms', # 'phantoms', a folder of radiographs, or an index CSV (file, patient, split, labels)
     out:str='c2l_run', # folder for everything the run leaves; new, unless `resume`
@@ -245,7 +245,7 @@ def pretrain(
     finish(learn, out, about, images, rows, labels)
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #c879cab1
+# %% ../nbs/27_pretrain.ipynb #969da78a
 def _card(about):
     "What a backbone file says of itself"
     return {k: about[k] for k in ('arch', 'config', 'data', 'versions')} | dict(
@@ -277,7 +277,7 @@ def finish(
     plot_embedding(umap_coords(feats), names, ax=ax); fig.savefig(out/'embedding.png', dpi=80, bbox_inches='tight'); plt.close(fig)
     _report(out, about, log, table, difference)
 
-# %% ../nbs/27_pretrain.ipynb #f0202f09
+# %% ../nbs/27_pretrain.ipynb #1ffec144
 def _number(text):
     "A value of --set: number, comma-separated numbers, true or false, or text"
     if ',' in text: return tuple(_number(t) for t in text.split(',') if t)
@@ -292,7 +292,7 @@ def main(
     out:str='c2l_run', # Folder for everything the run leaves
     arch:str='resnet18', # resnet18 or densenet121 (paper), any torchvision ResNet or DenseNet, any timm name
     size:int=None, # Side of the views, px; default 224 (paper), for phantoms 48
-    epochs:int=None, # Default 240 (paper), for phantoms 24
+    epochs:int=None, # Default 240 (paper), for phantoms 16
     batch:int=None, # Images a step; default of the config: 256 (paper), 64 or 32 (small)
     lr:float=None, # SGD's learning rate; default of the config: 0.03 (paper), 0.015*batch/64 (small)
     config:str='auto', # auto, paper, official (released code), moco, small, small_moco, or a config.json; auto: small below 100,000 images, else paper
@@ -311,7 +311,7 @@ def main(
         changes = {k: _number(v) for k, v in (pair.split('=', 1) for pair in set.split())}
         own = [k for k in changes if k in ('size', 'lr', 'seed', 'epochs', 'batch_size')]
         if own: raise ValueError(f"{own[0]} has an option of its own, --{own[0].replace('_size', '')}: use that in place of --set")
-        pretrain(data, out, arch, (48 if phantoms else 224) if size is None else size, 24 if epochs is None and phantoms else epochs, batch, lr, config, seed, precision,
+        pretrain(data, out, arch, (48 if phantoms else 224) if size is None else size, 16 if epochs is None and phantoms else epochs, batch, lr, config, seed, precision,
                  n_phantoms, resume, where, snapshots, **changes)
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_pretrain: {e}") from e
     print(f"Wrote {out}: see report.html; the backbone is backbone.safetensors")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_data', 'probe_labels', 'Precision', 'Snapshots', 'choose_config', 'compare_probes', 'pretrain', 'finish', 'main']
 
-# %% ../nbs/27_pretrain.ipynb #2866bfb0
+# %% ../nbs/27_pretrain.ipynb #e40842c1
 import base64, dataclasses, io, json, platform, shlex, sys, tempfile, warnings
 from html import escape
 from pathlib import Path
@@ -29,7 +29,7 @@ from .health import CollapseGuard, HealthCallback, OnlineProbe, plot_health
 from .checkpoint import C2LCheckpoint, resume as resume_run
 from .weights import export_backbone, load_backbone, read_card
 
-# %% ../nbs/27_pretrain.ipynb #45792359
+# %% ../nbs/27_pretrain.ipynb #24277aa7
 def load_data(
     data:str, # 'phantoms', a folder, or an index CSV
     size:int, # side of the squares to keep, px
@@ -51,7 +51,7 @@ def load_data(
     images, rows, _ = build_cache(table, size, progress=progress)
     return images, rows, fingerprint(rows)
 
-# %% ../nbs/27_pretrain.ipynb #f40a4035
+# %% ../nbs/27_pretrain.ipynb #35a9d425
 def _take(table, column, value, data):
     "Rows of `table` whose `column` is `value`"
     if column not in table: raise DataError(f"{data}: has no column {column!r}; it has {list(table.columns)}")
@@ -59,7 +59,7 @@ def _take(table, column, value, data):
     if not len(rows): raise DataError(f"{data}: no row has {column}={value}; there are {sorted(table[column].astype(str).unique())[:8]}")
     return rows
 
-# %% ../nbs/27_pretrain.ipynb #422e1a6f
+# %% ../nbs/27_pretrain.ipynb #dd51483e
 def probe_labels(
     rows:pd.DataFrame, # with `split` and `labels`
     least:int=5, # positives and negatives that a label must have in train and in valid
@@ -74,7 +74,7 @@ def probe_labels(
         ok &= (part.sum(0) >= least) & ((1 - part).sum(0) >= least)
     return [n for n, good in zip(names, ok) if good]
 
-# %% ../nbs/27_pretrain.ipynb #4eb034d4
+# %% ../nbs/27_pretrain.ipynb #15fb2ca5
 class Precision(MixedPrecision):
     "fastai's mixed precision, on the device of the model."
     def before_fit(self):
@@ -82,7 +82,7 @@ class Precision(MixedPrecision):
         self.autocast, self.scales = autocast(device, dtype=dtype), []
         self.learn.scaler = GradScaler(device, enabled=dtype == torch.float16)
 
-# %% ../nbs/27_pretrain.ipynb #eeb756d8
+# %% ../nbs/27_pretrain.ipynb #0036085d
 class Snapshots(Callback):
     "Keep the backbone every `every` epochs, the untrained one included, as `folder/epoch-0010.safetensors`."
     order = 80
@@ -102,7 +102,7 @@ class Snapshots(Callback):
     def after_train(self):
         if (self.epoch + 1) % self.every == 0: self._keep(self.epoch + 1)
 
-# %% ../nbs/27_pretrain.ipynb #9918a8fe
+# %% ../nbs/27_pretrain.ipynb #56d3a724
 def choose_config(
     config:str, # 'auto', 'paper', 'official', 'moco', 'small', 'small_moco', or the config.json of a run
     n_images:int, # in the pool
@@ -112,17 +112,19 @@ def choose_config(
 ) -> C2LConfig:
     "The config of a run; ValueError for an unknown name."
     changes = {k: v for k, v in dict(changes, batch_size=batch, epochs=epochs).items() if v is not None}
-    if batch and batch > n_images: raise ValueError(f"a batch of {batch} needs more than the {n_images} training images there are: take a smaller batch")
+    if batch and batch > n_images:
+        raise ValueError(f"a batch of {batch} needs more than the {n_images} training images there are: take a smaller batch")
     if config == 'auto': config = 'small' if n_images < 100_000 else 'paper'
     if config.startswith('small'):
         bs = batch or C2LConfig.small(n_images, 1).batch_size
         base = C2LConfig.small(n_images, (epochs or C2LConfig().epochs)*(n_images//bs))
         return base.replace(**({} if config == 'small' else dict(loss_weights=(1., 0., 0.), enqueue=('A',))) | changes)
     if config in ('paper', 'official', 'moco'): return getattr(C2LConfig, config)(**changes)
-    if not config.endswith('.json'): raise ValueError(f"config must be auto, paper, official, moco, small, small_moco or a config.json, got {config!r}")
+    if not config.endswith('.json'):
+        raise ValueError(f"config must be auto, paper, official, moco, small, small_moco or a config.json, got {config!r}")
     return C2LConfig().replace(**(json.loads(Path(config).read_text())['config'] | changes))
 
-# %% ../nbs/27_pretrain.ipynb #9fbd727e
+# %% ../nbs/27_pretrain.ipynb #fc8b7896
 def _png(fig):
     "A figure as an <img> tag"
     out = io.BytesIO(); fig.savefig(out, format='png', dpi=80, bbox_inches='tight'); plt.close(fig)
@@ -150,7 +152,7 @@ def _report(out, about, log, table, difference):
     (out/'report.html').write_text(f'<!doctype html><meta charset="utf-8"><title>C2L pretraining</title><style>{style}</style>'
                                    f'<h1>C2L pretraining, {about["arch"]}</h1>{body}', encoding='utf-8')
 
-# %% ../nbs/27_pretrain.ipynb #c8f48947
+# %% ../nbs/27_pretrain.ipynb #228fc6d0
 def compare_probes(
     bodies:dict, # name -> `C2L` model or body that prepares its own pixels
     images:np.ndarray, # N×S×S uint8, at the views' size
@@ -170,15 +172,17 @@ def compare_probes(
     first, second = list(scores.values())[:2]
     return table, paired_difference(y[test], first, second, groups[test], labels), feats
 
-# %% ../nbs/27_pretrain.ipynb #d9cd3bf7
+# %% ../nbs/27_pretrain.ipynb #4ec8c182
 def _check(out, resume, arch, precision, **numbers):
     "Refuse what cannot work; returns the folder"
     out = Path(out)
     for name, n in numbers.items():
         if n is not None and n < 1: raise ValueError(f"{name} must be at least 1, got {n}")
     if precision not in ('fp32', 'bf16', 'fp16'): raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
-    if resume and not (out/'config.json').is_file(): raise ValueError(f"{out} holds no run to resume: leave out --resume, or check the path")
-    if not resume and out.exists() and any(out.iterdir()): raise ValueError(f"{out} is not empty: add --resume to go on, or choose another --out")
+    if resume and not (out/'config.json').is_file():
+        raise ValueError(f"{out} holds no run to resume: leave out --resume, or check the path")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: add --resume to go on, or choose another --out")
     create_encoder(arch, channels=1)
     return out
 
@@ -207,7 +211,7 @@ def _learner(out, config, arch, images, rows, labels, mark, precision):
 
 def _squares(images, size): return np.stack([to_square(im, size) for im in images])
 
-# %% ../nbs/27_pretrain.ipynb #e2ad55f6
+# %% ../nbs/27_pretrain.ipynb #cb6274dd
 def pretrain(
     data:str='phantoms', # 'phantoms', a folder of radiographs, or an index CSV (file, patient, split, labels)
     out:str='c2l_run', # folder for everything the run leaves; new, unless `resume`
@@ -232,7 +236,8 @@ def pretrain(
     config = choose_config(config, int((rows.split == 'train').sum()), batch, epochs, lr=lr, size=size, seed=seed, **changes)
     labels, about = probe_labels(rows), _about(config, arch, rows, mark, data)
     print(f"{about['data']['images']:,} images to train on, batch {config.batch_size}, queue {config.queue_size}, momentum {config.momentum:.4g}, "
-          f"{config.epochs} epochs; " + (f"probing {', '.join(labels)}" if labels else "no probe: no label has 5 images with and 5 without it in train and in valid"))
+          f"{config.epochs} epochs; " + (f"probing {', '.join(labels)}" if labels else
+                                         "no probe: no label has 5 images with and 5 without it in train and in valid"))
     learn = _learner(out, config, arch, images, rows, labels, mark, precision)
     if snapshots: learn.add_cb(Snapshots(out/'snapshots', snapshots, _card(about)))
     out.mkdir(parents=True, exist_ok=True)
@@ -245,7 +250,7 @@ def pretrain(
     finish(learn, out, about, images, rows, labels)
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #969da78a
+# %% ../nbs/27_pretrain.ipynb #76d4e181
 def _card(about):
     "What a backbone file says of itself"
     return {k: about[k] for k in ('arch', 'config', 'data', 'versions')} | dict(
@@ -277,7 +282,7 @@ def finish(
     plot_embedding(umap_coords(feats), names, ax=ax); fig.savefig(out/'embedding.png', dpi=80, bbox_inches='tight'); plt.close(fig)
     _report(out, about, log, table, difference)
 
-# %% ../nbs/27_pretrain.ipynb #1ffec144
+# %% ../nbs/27_pretrain.ipynb #8294d07e
 def _number(text):
     "A value of --set: number, comma-separated numbers, true or false, or text"
     if ',' in text: return tuple(_number(t) for t in text.split(',') if t)
@@ -311,7 +316,7 @@ def main(
         changes = {k: _number(v) for k, v in (pair.split('=', 1) for pair in set.split())}
         own = [k for k in changes if k in ('size', 'lr', 'seed', 'epochs', 'batch_size')]
         if own: raise ValueError(f"{own[0]} has an option of its own, --{own[0].replace('_size', '')}: use that in place of --set")
-        pretrain(data, out, arch, (48 if phantoms else 224) if size is None else size, 16 if epochs is None and phantoms else epochs, batch, lr, config, seed, precision,
-                 n_phantoms, resume, where, snapshots, **changes)
+        pretrain(data, out, arch, (48 if phantoms else 224) if size is None else size,
+                 16 if epochs is None and phantoms else epochs, batch, lr, config, seed, precision, n_phantoms, resume, where, snapshots, **changes)
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_pretrain: {e}") from e
     print(f"Wrote {out}: see report.html; the backbone is backbone.safetensors")

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['C2LLoss', 'C2LCallback', 'show_pairs', 'c2l_opt', 'StepDecay', 'CosineDecay', 'C2L', 'C2LConfig', 'config_diff']
 
-# %% ../nbs/20_callback.ipynb #de52a115
+# %% ../nbs/20_callback.ipynb #dd8baa4d
 import copy, warnings
 import torch
 from torch import Tensor
-from fastai.basics import Callback, L, OptimWrapper, get_model
+from fastai.basics import Callback, L, OptimWrapper, get_model, num_distrib
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import TrackerCallback
@@ -18,10 +18,10 @@ from matplotlib import pyplot as plt
 from .encoder import ends_in_linear
 from .model import C2L, C2LConfig, config_diff
 
-# %% ../nbs/20_callback.ipynb #6519250d
+# %% ../nbs/20_callback.ipynb #8949e892
 _all_ = ['C2L', 'C2LConfig', 'config_diff']          # the names that go with the callback
 
-# %% ../nbs/20_callback.ipynb #e2f8c1a2
+# %% ../nbs/20_callback.ipynb #9f36048d
 class C2LLoss:
     "The loss of the model that `C2LCallback` made; pass `loss_func=C2LLoss()` where the `dls` carries no loss."
     def __init__(self): self.model = None
@@ -33,7 +33,7 @@ class C2LLoss:
         if self.model is None: raise RuntimeError("C2LLoss works with the callback: Learner(..., cbs=C2LCallback())")
         return pred.new_zeros(()) if isinstance(pred, Tensor) else self.model.loss(*pred)
 
-# %% ../nbs/20_callback.ipynb #d2e6d39a
+# %% ../nbs/20_callback.ipynb #ea8756f9
 class C2LCallback(Callback):
     "Pretrain the body given to `Learner` by comparing image representations (Algorithm 1)."
     order, name, _learn = 12, 'c2l', None     # after MixedPrecision (10)
@@ -71,6 +71,8 @@ class C2LCallback(Callback):
         "Refuse what cannot work"
         if not isinstance(get_model(self.model), C2L):
             raise RuntimeError("C2LCallback must be there from the start: Learner(..., cbs=C2LCallback()), not add_cb or fit(cbs=…)")
+        if num_distrib() > 1 and not get_model(self.model).distributed:
+            raise RuntimeError("several processes were started, whose queues would differ: with c2l_nb.distributed.distributed(learn): learn.fit(…)")
         if hasattr(self.learn, 'lr_finder'): self.learn.lr_finder.stop_div = False     # the loss rises while the queue fills: no divergence
         for cb in self.learn.cbs:
             if isinstance(cb, MixHandler): raise ValueError(f"{cb.name} mixes targets and would mix the views again: C2L has its own mixup")
@@ -139,7 +141,7 @@ class C2LCallback(Callback):
             self._learn.opt = None
         self.__dict__['_learn'] = learn
 
-# %% ../nbs/20_callback.ipynb #8ba3310f
+# %% ../nbs/20_callback.ipynb #0285cd78
 @torch.no_grad()
 def show_pairs(
     learn, # a `Learner` with `C2LCallback`
@@ -159,7 +161,7 @@ def show_pairs(
     for ax, pair in zip((axs[0, -1], axs[2, -1] if len(rows) > 2 else None), ((q, k), (q_mix, k_mix))):
         if ax: ax.imshow(cosine(*pair).cpu(), vmin=-1, vmax=1, cmap='RdBu_r'); ax.set_title('cosine', fontsize=7)
 
-# %% ../nbs/20_callback.ipynb #bdbd7279
+# %% ../nbs/20_callback.ipynb #8e39c3bf
 def c2l_opt(
     params, # parameters or groups of them, from the Learner's splitter
     lr:float=.03, # paper, section 4
@@ -170,7 +172,7 @@ def c2l_opt(
     "torch's SGD as the released code runs it."
     return OptimWrapper(params, opt=torch.optim.SGD, lr=lr, momentum=mom, weight_decay=wd, **kwargs)
 
-# %% ../nbs/20_callback.ipynb #695490fe
+# %% ../nbs/20_callback.ipynb #a7741f43
 class StepDecay(ParamScheduler):
     "Divide the learning rate by 10 at fixed shares of the run, after an optional linear warm-up."
     def __init__(self,
@@ -189,7 +191,7 @@ class StepDecay(ParamScheduler):
         rise = min(1., pos/self.warmup) if self.warmup else 1.
         return [lr*rise*self.factor**sum(pos >= m for m in self.milestones) for lr in self.start]
 
-# %% ../nbs/20_callback.ipynb #85f41504
+# %% ../nbs/20_callback.ipynb #5d44c3b8
 class CosineDecay(StepDecay):
     "Half a cosine from the learning rate to 0, after an optional linear warm-up: for short runs on small pools."
     def __init__(self,

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FORMAT', 'CheckpointError', 'save_checkpoint', 'load_checkpoint', 'learner_state', 'C2LCheckpoint', 'resume']
 
-# %% ../nbs/24_checkpoint.ipynb #2802bc2c
+# %% ../nbs/24_checkpoint.ipynb #930a4dde
 import csv, hashlib, io, json, os, platform, random, shutil, warnings
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 import fastai, numpy as np, torch
-from fastai.basics import Callback, L, Learner, OptimWrapper, default_device, get_model, to_device
+from fastai.basics import Callback, L, Learner, OptimWrapper, default_device, get_model, rank_distrib, to_device
 from fastai.learner import SkipToEpoch
 from fastcore.basics import patch
 from safetensors import SafetensorError
@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from . import __version__
 
-# %% ../nbs/24_checkpoint.ipynb #66448838
+# %% ../nbs/24_checkpoint.ipynb #8d0fc665
 FORMAT = 1   # of the files; a reader refuses any other
 
 class CheckpointError(ValueError):
@@ -45,7 +45,7 @@ def _replace(path, data):
     os.replace(tmp, path)
     _sync(path.parent)
 
-# %% ../nbs/24_checkpoint.ipynb #c81aeb16
+# %% ../nbs/24_checkpoint.ipynb #14d500f7
 def _sums(files): return ''.join(f'{hashlib.sha256(data).hexdigest()}  {name}\n' for name, data in files.items())
 def _all(folder): return sorted(Path(folder, 'checkpoint').glob('step-*'))
 
@@ -66,7 +66,7 @@ def _put(folder, files):
         _sync(folder.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/24_checkpoint.ipynb #ca8a85c6
+# %% ../nbs/24_checkpoint.ipynb #1df6dade
 def save_checkpoint(
     folder:str|Path, # the run's; checkpoints go to `folder/checkpoint/step-000001234`
     tensors:dict, # by name
@@ -84,7 +84,7 @@ def save_checkpoint(
         if d not in [*before[-1:], new]: shutil.rmtree(d)
     return new
 
-# %% ../nbs/24_checkpoint.ipynb #43d6ed24
+# %% ../nbs/24_checkpoint.ipynb #46e4db8f
 def _read(path):
     "Tensors and meta of one checkpoint; CheckpointError, or what the reading libraries raise, if it is damaged"
     files = {name: (path/name).read_bytes() for name in ('tensors.safetensors', 'meta.json')}
@@ -108,7 +108,7 @@ def load_checkpoint(
     raise CheckpointError(f"no checkpoint to resume from in {Path(folder)/'checkpoint'} ({found}): check the path, restore the "
                           "folder from a backup, or start the run anew in an empty folder")
 
-# %% ../nbs/24_checkpoint.ipynb #51a4c2ff
+# %% ../nbs/24_checkpoint.ipynb #784b00ad
 def _get_random(r): version, ints, gauss = r.getstate(); return [version, torch.tensor(ints), gauss]
 def _set_random(r, state): r.setstate((state[0], tuple(state[1].tolist()), state[2]))
 
@@ -127,7 +127,7 @@ def _set_rng(dl, state):
     _set_random(random, state['python'])
     _set_random(getattr(dl, 'rng', random), state['loader'])
 
-# %% ../nbs/24_checkpoint.ipynb #c257fcb7
+# %% ../nbs/24_checkpoint.ipynb #0323f552
 def _get_recorder(r):
     losses = torch.stack(list(r.losses)) if len(r.losses) else torch.zeros(0)
     return dict(lrs=torch.tensor(r.lrs, dtype=torch.float64), losses=losses, iters=r.iters, values=r.values,
@@ -138,7 +138,7 @@ def _set_recorder(r, state):
     r.values = [L(v) for v in state['values']]
     r.smooth_loss.count, r.smooth_loss.val = state['smooth']
 
-# %% ../nbs/24_checkpoint.ipynb #67bfa0ac
+# %% ../nbs/24_checkpoint.ipynb #7a0103b5
 def _flatten(tree, tensors, name=''):
     "`tree` for JSON; its tensors go to the dict `tensors`, and {'tensor': name} stands where each was"
     if isinstance(tree, Tensor):
@@ -155,7 +155,7 @@ def _unflatten(tree, tensors):
     if not isinstance(tree, dict): return tree
     return tensors[tree['tensor']] if tree.keys() == {'tensor'} else {k: _unflatten(v, tensors) for k, v in tree.items()}
 
-# %% ../nbs/24_checkpoint.ipynb #b0b1ebec
+# %% ../nbs/24_checkpoint.ipynb #a12d37e2
 def _listed(learn): return {cb.name: cb for cb in learn.cbs if getattr(type(cb), 'checkpointed', ())}
 
 def learner_state(
@@ -177,7 +177,7 @@ def _set_loop(learn, loop):
         for a, value in loop['callbacks'].get(name, {}).items(): setattr(cb, a, value)
     _set_rng(learn.dls.train, loop['rng'])
 
-# %% ../nbs/24_checkpoint.ipynb #bc584ebe
+# %% ../nbs/24_checkpoint.ipynb #05099ace
 class C2LCheckpoint(Callback):
     "Save at each epoch's end what the next one depends on, and keep `log.csv`. OSError if the disk fails"
     order, name = 90, 'checkpoint'                   # after all that changes at an epoch's end
@@ -199,7 +199,7 @@ class C2LCheckpoint(Callback):
 
     def after_train(self): self.trained = not hasattr(self.learn, 'lr_finder')
 
-# %% ../nbs/24_checkpoint.ipynb #90e6af1c
+# %% ../nbs/24_checkpoint.ipynb #425e60f6
 def _plain(x): return json.loads(json.dumps(asdict(x) if is_dataclass(x) else x))    # as it comes back from JSON
 
 @patch
@@ -220,18 +220,19 @@ def after_epoch(self:C2LCheckpoint):
     self.rows.append([v.item() if hasattr(v, 'item') else v for v in self.recorder.log])
     tensors, meta = learner_state(self.learn)
     log = dict(columns=list(self.recorder.metric_names), rows=self.rows)
-    save_checkpoint(self.folder, tensors, meta | self.about() | log)
+    if not rank_distrib(): save_checkpoint(self.folder, tensors, meta | self.about() | log)
     self._write_log()
     self.trained, self.next = False, self.epoch + 1
 
-# %% ../nbs/24_checkpoint.ipynb #0b6cde0f
+# %% ../nbs/24_checkpoint.ipynb #5f431329
 @patch
 def _write_log(self:C2LCheckpoint):
+    if rank_distrib(): return                        # of several processes, the first writes
     f = io.StringIO()
     csv.writer(f, lineterminator='\n').writerows([self.recorder.metric_names, *self.rows])
     _replace(self.folder/'log.csv', f.getvalue().encode())
 
-# %% ../nbs/24_checkpoint.ipynb #cc93c71a
+# %% ../nbs/24_checkpoint.ipynb #ba2eb799
 @patch
 def before_fit(self:C2LCheckpoint):
     "After `resume`: keep the others quiet in epochs that are skipped"
@@ -253,7 +254,7 @@ def _go_on(self:C2LCheckpoint):
     for row in self.rows: self.logger(row)
     self._write_log()
 
-# %% ../nbs/24_checkpoint.ipynb #670c8227
+# %% ../nbs/24_checkpoint.ipynb #d5ea2c03
 def _differences(saved, here, name):
     "Sentences, one a field"
     if not (isinstance(saved, dict) and isinstance(here, dict)):
@@ -266,7 +267,7 @@ def _load_opt(opt, state, device):
     else: state['state'] = to_device(state['state'], device)
     opt.load_state_dict(state)
 
-# %% ../nbs/24_checkpoint.ipynb #16ec9c09
+# %% ../nbs/24_checkpoint.ipynb #946e2254
 def _check(cb, meta):
     "CheckpointError if the run of `meta` is not the one that `cb` watches; a warning if its bits may not be equal"
     wrong = [d for k, v in cb.about().items() for d in _differences(meta.get(k), v, k)]
@@ -276,7 +277,7 @@ def _check(cb, meta):
     other = _differences(meta['made_with'], _made_with(), 'made_with')
     if other: warnings.warn(f"the run goes on, but perhaps not to the bit: {'; '.join(other)}")
 
-# %% ../nbs/24_checkpoint.ipynb #38da470f
+# %% ../nbs/24_checkpoint.ipynb #caf8cd43
 def resume(
     learn:Learner, # made as for a new run, with its `C2LCheckpoint` (added if there is none)
     folder:str|Path, # of the run

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['C2LConfig', 'config_diff', 'C2L']
 
-# %% ../nbs/16_model.ipynb #a08d55d6
+# %% ../nbs/16_model.ipynb #59c6406a
 import dataclasses, math
 from dataclasses import dataclass, fields
 import pandas as pd, torch
@@ -18,7 +18,7 @@ from .teacher import EMATeacher
 from .feature_queue import FeatureQueue
 from .loss import c2l_loss
 
-# %% ../nbs/16_model.ipynb #ae223b31
+# %% ../nbs/16_model.ipynb #1a3af920
 @dataclass(frozen=True)
 class C2LConfig:
     "Every choice of a C2L run; the defaults are the paper's."
@@ -39,6 +39,7 @@ class C2LConfig:
     feat_mix:str = 'raw'               # mix the teacher's 'raw' vectors (released code) or 'unit' ones
     teacher_bn:str = 'train'           # teacher's BatchNorm: batch statistics ('train', released code) or running ('eval')
     ema_buffers:bool = False           # average BatchNorm statistics into the teacher? released code: no
+    bn:str = 'shuffle'                 # over several GPUs: 'shuffle' the keys' images (released code), or 'sync' (notebook 25)
     size:int|None = None               # side of the views, px; None: as the images come (give the paper 224)
     crop:tuple = (.2, 1.)              # share of the area of a random crop; released code, the paper: "random crop"
     rotation:float = 10.               # degrees, either way; paper, section 4
@@ -62,7 +63,7 @@ class C2LConfig:
 
     def __post_init__(self):
         allowed = dict(head=('linear', 'mlp'), loss_reduction=('sum', 'mean'), queue_update=('after', 'sequential'),
-                       lam_per=('batch', 'sample'), feat_mix=('raw', 'unit'), schedule=('step', 'cosine'))
+                       lam_per=('batch', 'sample'), feat_mix=('raw', 'unit'), bn=('shuffle', 'sync', 'local'), schedule=('step', 'cosine'))
         for name, values in allowed.items():
             if getattr(self, name) not in values: raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
         if not set(self.enqueue) <= {'A', 'M', 'mix'}: raise ValueError(f"enqueue takes 'A', 'M' and 'mix', got {self.enqueue}")
@@ -77,7 +78,7 @@ class C2LConfig:
     @property
     def mixes(self): return any(self.loss_weights[1:])  # are mixed images needed at all?
 
-# %% ../nbs/16_model.ipynb #5adf9762
+# %% ../nbs/16_model.ipynb #6fabba08
 def _paper(cls, **changes): return cls().replace(**changes)
 
 def _official(cls, **changes):
@@ -100,7 +101,7 @@ for f, doc in ((_paper, "As in the paper, with the released code's value where t
     f.__doc__ = doc
     setattr(C2LConfig, f.__name__[1:], classmethod(f))
 
-# %% ../nbs/16_model.ipynb #c87c2c9f
+# %% ../nbs/16_model.ipynb #6c07286c
 def config_diff(
     a:C2LConfig, # for instance `C2LConfig.paper()`
     b:C2LConfig, # for instance `C2LConfig.official()`
@@ -109,9 +110,10 @@ def config_diff(
     rows = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a)}
     return pd.DataFrame({k: v for k, v in rows.items() if v[0] != v[1]}, index=['a', 'b']).T
 
-# %% ../nbs/16_model.ipynb #c9bca559
+# %% ../nbs/16_model.ipynb #da9a333e
 class C2L(nn.Module):
     "Student, teacher and queue around `backbone`, which is trained in place."
+    distributed = False                                      # one of several processes? Then notebook 25 has a subclass
     def __init__(self,
         backbone:nn.Module, # images to features, B×F or B×F×H×W; used itself, not copied
         config:C2LConfig=C2LConfig(), # every choice; the paper's by default
@@ -129,10 +131,13 @@ class C2L(nn.Module):
     def set_extra_state(self, state): self.config, self.seen = self.config.replace(seed=int(state[0])), int(state[1])
     def draws(self): return seeded(self.config.seed, 1, self.seen)    # the generator of this batch
 
+    def key(self, x): return self.teacher(self.prepare(x))
+    def gather(self, k): return k                            # keys of all processes
+
     def forward(self, x1, x2=None, lam=None, perm=None, lam2=None, perm2=None):
         "(q, q_mix, k, k_mix, k_feat) of two views, without mixing three of them empty; features B×F of images alone"
         if x2 is None: return self.student.features(self.prepare(x1))
-        student, teacher = lambda x: self.student(self.prepare(x)), lambda x: self.teacher(self.prepare(x))
+        student, teacher = lambda x: self.student(self.prepare(x)), self.key
         if not self.config.mixes: return (q := student(x1)), q[:0], (k := teacher(x2)), k[:0], k[:0]
         if lam2 is None: lam2, perm2 = lam, perm
         k, k_mix = teacher(x2), teacher(mixup(x2, lam2, perm2))     # first, while no activations of the student fill the memory
@@ -140,22 +145,27 @@ class C2L(nn.Module):
         unit = nn.functional.normalize if self.config.feat_mix == 'unit' else nn.Identity()
         return q, q_mix, k, k_mix, mixup(unit(k), lam2, perm2)
 
+    def view(self, x, augment, g): return augment(x, g)
+    def mix(self, n, g): return sample_mix(n, self.config.alpha, g, self.config.lam_max, self.config.lam_per)
+
     def views(self, x, augment):
         "Everything that is random about a batch: two views of `x`, `lam`, `perm` (twice where mixing is not shared)"
-        c, g = self.config, self.draws()
-        mix = lambda: sample_mix(len(x), c.alpha, g, c.lam_max, c.lam_per)
-        return augment(x, g), augment(x, g), *mix(), *(() if c.share_mix else mix())
+        g = self.draws()
+        two = self.view(x, augment, g), self.view(x, augment, g)
+        return *two, *self.mix(len(x), g), *(() if self.config.share_mix else self.mix(len(x), g))
 
     def loss(self, q, q_mix, k, k_mix, k_feat):
         "The loss of C2L against the queue"
         c, feats = self.config, self.queue.feats
-        if c.queue_update == 'sequential' and c.mixes: feats = feats, self.queue.peek(k), self.queue.peek(k, k_mix)
+        if c.queue_update == 'sequential' and c.mixes:
+            k_all = self.gather(k)
+            feats = feats, self.queue.peek(k_all), self.queue.peek(k_all, self.gather(k_mix))
         return c2l_loss(q, q_mix if c.mixes else None, k, k_mix, k_feat, feats, c.temperature, c.loss_weights, c.loss_reduction)
 
     def keys(self, q, q_mix, k, k_mix, k_feat):
         "What goes into the queue, in order"
         named = dict(A=k, M=k_mix, mix=k_feat)
-        return [named[name].detach() for name in self.config.enqueue]
+        return [self.gather(named[name].detach()) for name in self.config.enqueue]
 
     def augmentation(self, size):
         "The augmentation of the config, for views of `size` px"

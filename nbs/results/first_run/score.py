@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastprogress.fastprogress import progress_bar
 from c2l_nb import __version__
-from c2l_nb.cache import build_cache
+from c2l_nb.cache import load_squares
 from c2l_nb.datasets import index_csv
 from c2l_nb.embed import extract_features, knn_predict, linear_probe
 from c2l_nb.encoder import Prepare, create_encoder
@@ -34,7 +34,7 @@ def load(size, split):
     table['file'] = [Path(p).relative_to(root.resolve()).as_posix() for p in table.path]
     table['task'] = table.file.str.split('/').str[0]
     table = table[table.task.isin(TASKS) & table.split.isin(['train', split])].reset_index(drop=True)
-    images, rows, bad = build_cache(table, size)
+    images, rows, bad = load_squares(table, size)
     assert not len(bad)
     return torch.from_numpy(images)[:, None], rows.assign(y=0)
 
@@ -59,7 +59,7 @@ def bodies(args):
         torch.manual_seed(seed)
         yield 'untrained', seed, create_encoder('resnet18', channels=1), Prepare(channels=1), args.size
     for run in args.runs:
-        for path in sorted(Path(run, 'snapshots').glob('epoch-*.safetensors')):
+        for path in sorted(Path(run, 'snapshots').glob('epoch-*.safetensors'))[-1*args.last:]:
             card = read_card(path)
             yield Path(run).name, card['epoch'], load_backbone(path), Prepare(card['mean'], card['std'], card['channels']), card['size']
 
@@ -68,6 +68,7 @@ def main():
     parser.add_argument('runs', nargs='*', help='run folders of c2l_pretrain --snapshots N')
     parser.add_argument('--untrained', type=int, default=0, help='so many fresh networks, seeds 0, 1, …, in place of epochs')
     parser.add_argument('--split', default='valid', choices=['valid', 'test'])
+    parser.add_argument('--last', action='store_true', help='the last snapshot of each run alone')
     parser.add_argument('--size', type=int, default=48, help='px, for untrained networks; runs have their own')
     args = parser.parse_args()
     if 'C2L_RADIOGRAPHS' not in os.environ: sys.exit('set C2L_RADIOGRAPHS to the folder of the radiographs')

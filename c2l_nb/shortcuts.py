@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shortcut_scores', 'shortcut_auroc']
 
-# %% ../nbs/21a_shortcuts.ipynb #591602a8
+# %% ../nbs/21a_shortcuts.ipynb #90169e80
 import numpy as np, pandas as pd, torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
@@ -13,7 +13,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
 from .metrics import auroc_table, _codes, _columns
 
-# %% ../nbs/21a_shortcuts.ipynb #08ae96eb
+# %% ../nbs/21a_shortcuts.ipynb #cb6c07c7
 def _categories(column, bins=10):
     "A column as categories: numbers of many values in tenths; missing is a category too"
     if pd.api.types.is_numeric_dtype(column) and column.nunique()>bins: column = pd.qcut(column, bins, duplicates='drop')
@@ -28,7 +28,7 @@ def _crossfit(x, y, patient, folds):
         score[out] = (z.rank()-.5)/len(z)
     return score
 
-# %% ../nbs/21a_shortcuts.ipynb #1b29a6af
+# %% ../nbs/21a_shortcuts.ipynb #92f4e186
 def shortcut_scores(rows:pd.DataFrame, # A row an image: the columns asked for, and the patient
                     y, # Labels, N×C or N: 1, 0 or NaN (unknown)
                     columns, # Names of the columns to predict from, together
@@ -47,7 +47,7 @@ def shortcut_scores(rows:pd.DataFrame, # A row an image: the columns asked for, 
         res[known,c] = _crossfit(x[known], label[known], patient[known], folds)
     return torch.from_numpy(res)
 
-# %% ../nbs/21a_shortcuts.ipynb #52b4f0a2
+# %% ../nbs/21a_shortcuts.ipynb #00abbbb2
 def shortcut_auroc(rows:pd.DataFrame, # A row an image: the columns asked for, and the patient
                    y, # Labels, N×C or N: 1, 0 or NaN (unknown); a DataFrame names its classes
                    columns=('view', 'source', 'width', 'height'), # Each alone, then all together

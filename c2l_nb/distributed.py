@@ -6,7 +6,7 @@
 __all__ = ['ranks', 'mine', 'gather', 'shuffle', 'unshuffle', 'DistributedC2L', 'share_batches', 'rank0', 'setup', 'distributed',
            'run_mark']
 
-# %% ../nbs/25_distributed.ipynb #7c5fc63c
+# %% ../nbs/25_distributed.ipynb #df4de8d8
 import os
 from contextlib import contextmanager
 import torch
@@ -18,7 +18,7 @@ from .phantom import seeded
 from .augment import C2LAugment, Draw
 from .model import C2L
 
-# %% ../nbs/25_distributed.ipynb #9ccbe7e2
+# %% ../nbs/25_distributed.ipynb #2bf101a5
 def ranks(
 ) -> tuple[int, int]: # number of this process, how many there are
     "(0, 1) where nothing is distributed."
@@ -40,7 +40,7 @@ def gather(
     dist.all_gather(parts, t.contiguous())
     return torch.cat(parts)
 
-# %% ../nbs/25_distributed.ipynb #7a9db65b
+# %% ../nbs/25_distributed.ipynb #45f8b7b7
 def shuffle(
     x, # B×…, of this process
     ids, # a permutation of W·B, the same in all processes
@@ -52,7 +52,7 @@ def unshuffle(y, ids):
     "Undo `shuffle`, for what was computed from the rows."
     return shuffle(y, ids.argsort())
 
-# %% ../nbs/25_distributed.ipynb #cd27bc84
+# %% ../nbs/25_distributed.ipynb #d2fcd07e
 class DistributedC2L(C2L):
     "`C2L` as one of several processes, each with an equal part of every batch."
     distributed = True
@@ -78,7 +78,7 @@ class DistributedC2L(C2L):
         lam, perm = super().mix(ranks()[1]*n, g)
         return mine(lam) if lam.ndim else lam, mine(perm).argsort().argsort()
 
-# %% ../nbs/25_distributed.ipynb #b12d3c93
+# %% ../nbs/25_distributed.ipynb #778f60d3
 @contextmanager
 def share_batches(
     dl, # a fastai `DataLoader` with `bs` images a batch for all processes
@@ -96,7 +96,7 @@ def share_batches(
         for k in ours: del vars(dl)[k]
         vars(dl).update(before)
 
-# %% ../nbs/25_distributed.ipynb #5ef99344
+# %% ../nbs/25_distributed.ipynb #529281c6
 def rank0(
     f, # to be called by process 0 alone
     *args, **kwargs
@@ -112,7 +112,7 @@ def rank0(
     if answer[1]: raise answer[1]
     return answer[0]
 
-# %% ../nbs/25_distributed.ipynb #151b181b
+# %% ../nbs/25_distributed.ipynb #73290437
 def setup(
 ) -> tuple[int, int]: # number of this process, how many there are
     "Join the processes that `torchrun` or `accelerate launch` started; nothing in a process of its own."
@@ -122,20 +122,23 @@ def setup(
         dist.init_process_group('nccl' if gpu else 'gloo')
     return ranks()
 
+def _device():
+    "Where tensors must be to be gathered"
+    return torch.device('cuda', torch.cuda.current_device()) if dist.get_backend() == 'nccl' else torch.device('cpu')
+
 def _check(learn):
     "ValueError, in all processes, for what would differ or hang"
     dl, model, world = learn.dls.train, get_model(learn.model), ranks()[1]
-    device = torch.device('cuda', torch.cuda.current_device()) if dist.get_backend() == 'nccl' else 'cpu'
     facts = dict(images=dl.n, bs=dl.bs, batches=len(dl), seed=model.config.seed, seen=model.seen,
                  queue=model.queue.feats.double().sum().item())
-    all_facts = gather(torch.tensor([list(facts.values())], dtype=torch.float64, device=device))
+    all_facts = gather(torch.tensor([list(facts.values())], dtype=torch.float64, device=_device()))
     for name, values in zip(facts, all_facts.T):
         if (values != values[0]).any():
             raise ValueError(f"the processes differ in {name}: {values.tolist()}; give all the same data and settings")
     if dl.bs % world: raise ValueError(f"a batch of {dl.bs} cannot be shared equally by {world} processes: take a multiple")
     if len(dl)*dl.bs > dl.n: raise ValueError(f"the last batch would hold {dl.n % dl.bs} images: use drop_last=True")
 
-# %% ../nbs/25_distributed.ipynb #f2533ef3
+# %% ../nbs/25_distributed.ipynb #af989a6b
 @contextmanager
 def distributed(
     learn:Learner, # with `C2LCallback`; the train loader's `bs` is the batch of all processes together
@@ -156,7 +159,7 @@ def distributed(
             yield learn
     finally: model.__class__, learn.model = C2L, model
 
-# %% ../nbs/25_distributed.ipynb #82a6fdfd
+# %% ../nbs/25_distributed.ipynb #a732d562
 def run_mark(
     fingerprint:str, # of the data
     learn:Learner, # with `C2LCallback`

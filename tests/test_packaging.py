@@ -9,13 +9,14 @@ MODULES = sorted(p.stem for p in (ROOT/'c2l_nb').glob('*.py') if not p.stem.star
 NOTEBOOKS = sorted((ROOT/'nbs').rglob('*.ipynb'))
 PUBLIC = dict(                                                # what users and later notebooks build on
     phantom='phantom write_phantoms', radiograph='read_radiograph',
-    tables='folder index_csv', audit='audit_leaks', report='write_report', shortcuts='shortcut_auroc shortcut_scores',
+    labels='folder index_csv', audit='audit_leaks', report='write_report', shortcuts='shortcut_auroc shortcut_scores',
     distributed='distributed setup', datasets='folder index_csv chestxray14 chexpert mimic_cxr mura rsna_pneumonia medmnist unlabelled audit_leaks RadiographBlock',
     cache='build_cache RadiographCache pretrain_dls', augment='C2LAugment', mixup='sample_mix mixup',
     encoder='create_encoder ProjectionHead', teacher='EMATeacher', feature_queue='FeatureQueue', loss='info_nce c2l_loss',
     model='C2L C2LConfig config_diff', callback='C2LConfig config_diff C2LCallback c2l_opt StepDecay C2LLoss',
     metrics='auroc_table paired_difference score_table average_precision one_vs_rest power_note', embed='extract_features knn_predict linear_probe plot_umap',
     health='HealthCallback OnlineProbe CollapseGuard', checkpoint='C2LCheckpoint', weights='export_backbone load_backbone',
+    boxes='map_table coco_ap check_boxes read_boxes', detect='detect Detector',
     pretrain='pretrain main')
 LATER = set()
 

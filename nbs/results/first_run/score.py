@@ -2,7 +2,7 @@
 
     export C2L_RADIOGRAPHS=/path/to/radiographs
     python nbs/results/first_run/score.py RUN [RUN ...] --split valid
-    python nbs/results/first_run/score.py --untrained 5 --split valid
+    python nbs/results/first_run/score.py --untrained 5 --pixels 12 --split valid
 
 RUN is a folder of `c2l_pretrain --snapshots N`. Writes one CSV a run beside this file: a row for each image and epoch with hashed ids, the label, and
 the scores of kNN and of a linear probe, both fitted on the images of split train alone.
@@ -10,6 +10,7 @@ the scores of kNN and of a linear probe, both fitted on the images of split trai
 import argparse, hashlib, json, os, sys
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from torch import nn
 from fastprogress.fastprogress import progress_bar
 from c2l_nb import __version__
 from c2l_nb.cache import load_squares
@@ -58,6 +59,7 @@ def bodies(args):
     for seed in range(args.untrained):
         torch.manual_seed(seed)
         yield 'untrained', seed, create_encoder('resnet18', channels=1), Prepare(channels=1), args.size
+    if args.pixels: yield 'pixels', 0, nn.Sequential(nn.AdaptiveAvgPool2d(args.pixels), nn.Flatten()), Prepare(channels=1), args.size
     for run in args.runs:
         for path in sorted(Path(run, 'snapshots').glob('epoch-*.safetensors'))[-1*args.last:]:
             card = read_card(path)
@@ -67,6 +69,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('runs', nargs='*', help='run folders of c2l_pretrain --snapshots N')
     parser.add_argument('--untrained', type=int, default=0, help='so many fresh networks, seeds 0, 1, …, in place of epochs')
+    parser.add_argument('--pixels', type=int, default=0, help='no network: the image, reduced to so many px a side, as its features')
     parser.add_argument('--split', default='valid', choices=['valid', 'test'])
     parser.add_argument('--last', action='store_true', help='the last snapshot of each run alone')
     parser.add_argument('--size', type=int, default=48, help='px, for untrained networks; runs have their own')
@@ -79,9 +82,9 @@ def main():
     for name, parts in found.items():
         pd.concat(parts).to_csv(here/f'{name}-{args.split}.csv', index=False)
         run = next((Path(r) for r in args.runs if Path(r).name == name), None)
-        about = json.loads((run/'config.json').read_text()) if run else dict(seeds=args.untrained, size=args.size)
+        about = json.loads((run/'config.json').read_text()) if run else dict(seeds=args.untrained, pixels=args.pixels, size=args.size)
         if run: pd.read_csv(run/'log.csv').drop(columns='time').to_csv(here/f'{name}-log.csv', index=False)
         about |= dict(scored=dict(split=args.split, c2l_nb=__version__, torch=torch.__version__))
-        (here/f'{name}.json').write_text(json.dumps(about, indent=1))
+        (here/f'{name}-{args.split}.json').write_text(json.dumps(about, indent=1))
 
 if __name__ == '__main__': main()

@@ -17,7 +17,7 @@ from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from scipy.sparse import coo_array, csgraph
 from .radiograph import RadiographError, read_radiograph
-from .tables import DataError
+from .labels import DataError
 
 # %% ../nbs/01b_audit.ipynb #d53112cf
 SIDE,ALIKE,NEAR = 24, .965, 8     # px of the small square; likeness of a copy; hash bits that may differ in one

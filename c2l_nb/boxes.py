@@ -14,7 +14,7 @@ import numpy as np, pandas as pd, pydicom, torch
 from matplotlib.patches import Rectangle
 from PIL import Image
 from .radiograph import is_dicom
-from .tables import DataError, _read_csv, _some, shared_patients
+from .labels import DataError, _read_csv, _some, shared_patients
 from .metrics import patient_counts
 
 # %% ../nbs/30a_boxes.ipynb #d1ab9c28

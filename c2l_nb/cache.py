@@ -17,7 +17,7 @@ from fastcore.basics import noop, patch
 from fastcore.script import call_parse
 from filelock import FileLock, Timeout
 from .phantom import seeded
-from .tables import DataError
+from .labels import DataError
 from .squares import FITS, file_stamp, judge, load_squares, read_items, read_squares, to_square
 
 # %% ../nbs/03_cache.ipynb #288e2781

@@ -19,8 +19,8 @@ from fastai.vision.core import PILImageBW, TensorImageBW
 from PIL import Image
 from .audit import audit_leaks
 from .radiograph import read_radiograph
-from .tables import DataError, checksum, fingerprint, folder, index_csv, label_matrix, missing_files
-from .tables import shared_patients, split_patients, unlabelled, _drop_missing, _read_csv, _some
+from .labels import DataError, checksum, fingerprint, folder, index_csv, label_matrix, missing_files
+from .labels import shared_patients, split_patients, unlabelled, _drop_missing, _read_csv, _some
 
 # %% ../nbs/02_datasets.ipynb #c31e31f1
 _all_ = ['DataError', 'audit_leaks', 'checksum', 'fingerprint', 'folder', 'index_csv', 'label_matrix', 'missing_files',

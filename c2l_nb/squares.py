@@ -16,7 +16,7 @@ from fastcore.basics import num_cpus
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from .radiograph import RadiographError, read_radiograph
-from .tables import DataError, folder, index_csv
+from .labels import DataError, folder, index_csv
 
 # %% ../nbs/02a_squares.ipynb #4bf0009d
 FITS = 'crop', 'letterbox'

@@ -15,7 +15,7 @@ from benchmarks import Bench, arguments, busy
 from c2l_nb.augment import C2LAugment
 from c2l_nb.cache import Squares, build_cache, pretrain_dls
 from c2l_nb.phantom import write_phantoms
-from c2l_nb.tables import index_csv
+from c2l_nb.labels import index_csv
 
 SIZE,BS = 256,32
 

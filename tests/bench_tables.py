@@ -7,7 +7,7 @@ import os, resource, sys, tempfile, time
 from pathlib import Path
 import numpy as np, pandas as pd
 from benchmarks import Bench, arguments, busy
-from c2l_nb.tables import index_csv, label_matrix, missing_files, shared_patients, split_patients, unlabelled
+from c2l_nb.labels import index_csv, label_matrix, missing_files, shared_patients, split_patients, unlabelled
 
 N = 700_000
 

@@ -6,7 +6,7 @@ import numpy as np, pandas as pd, pytest
 from PIL import Image
 from c2l_nb.audit import alike_pairs, audit_leaks, hash_bits, near_pairs, small_square
 from c2l_nb.phantom import phantom_batch
-from c2l_nb.tables import DataError, index_csv
+from c2l_nb.labels import DataError, index_csv
 
 @pytest.fixture(scope='module')
 def films(): return phantom_batch(300, size=96)[0][:,0].numpy()          # of 300 patients

@@ -6,7 +6,7 @@ from c2l_nb.boxes import (IOUS, SCORES, check_boxes, coco_ap, image_score, image
                           score_images, square_boxes, unsquare, write_predictions)
 from c2l_nb.phantom import write_phantoms
 from c2l_nb.squares import to_square
-from c2l_nb.tables import DataError, index_csv
+from c2l_nb.labels import DataError, index_csv
 
 # The competition's rules once more: no array, exact integers where the boxes are integers
 

@@ -10,7 +10,7 @@ from c2l_nb import cache, squares
 from c2l_nb.cache import GOOD, PoolDL, RadiographCache, Squares, build_cache, main, pretrain_dls
 from c2l_nb.callback import C2LCallback, c2l_opt
 from c2l_nb.squares import load_squares, read_items, read_squares, to_square
-from c2l_nb.tables import DataError
+from c2l_nb.labels import DataError
 
 fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 N,S = 40,16

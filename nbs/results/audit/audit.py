@@ -15,7 +15,7 @@ from fastprogress.fastprogress import progress_bar
 from c2l_nb import __version__
 from c2l_nb.audit import audit_leaks, differences, hash_bits, small_square
 from c2l_nb.radiograph import read_radiograph
-from c2l_nb.tables import fingerprint, index_csv
+from c2l_nb.labels import fingerprint, index_csv
 
 here = Path(__file__).parent
 short = lambda text: hashlib.sha256(text.encode()).hexdigest()[:10]

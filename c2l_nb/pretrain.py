@@ -6,11 +6,11 @@
 __all__ = ['load_data', 'probe_labels', 'probe_rows', 'Precision', 'Snapshots', 'choose_config', 'compare_probes', 'pretrain',
            'finish', 'main']
 
-# %% ../nbs/27_pretrain.ipynb #846dc940
+# %% ../nbs/27_pretrain.ipynb #c017eff8
 import dataclasses, json, platform, shlex, sys, tempfile, warnings
 from pathlib import Path
 import fastai, numpy as np, pandas as pd, torch, torchvision
-from fastai.basics import Callback, Learner, get_model, rank_distrib
+from fastai.basics import Callback, Learner, get_model, rank_distrib, set_seed
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.fp16 import MixedPrecision
 from fastcore.script import call_parse
@@ -26,12 +26,13 @@ from .callback import C2LCallback, CosineDecay, StepDecay, c2l_opt
 from .metrics import auroc_table, paired_difference
 from .embed import extract_features, linear_probe, plot_embedding, umap_coords
 from .health import CollapseGuard, HealthCallback, OnlineProbe, plot_health
+from .store import checkpoints, write_atomically
 from .checkpoint import C2LCheckpoint, resume as resume_run
 from .distributed import distributed, rank0, run_mark, setup
 from .weights import export_backbone, load_backbone, read_card
 from .report import facts, picture, png_tag, table as html_table, write_report
 
-# %% ../nbs/27_pretrain.ipynb #f053da0c
+# %% ../nbs/27_pretrain.ipynb #802c09bf
 def load_data(
     data:str, # 'phantoms', a folder, an index CSV, or a cache of `c2l_cache`
     size:int, # side of the squares to keep, px
@@ -56,7 +57,7 @@ def _phantoms(n, size, progress):
     split = np.where(share < 3, 'train', np.where(share < 4, 'valid', 'test'))
     return images[:, 0].numpy(), rows.assign(split=split, source='phantoms'), f'phantoms {__version__} n={n} size={size}'
 
-# %% ../nbs/27_pretrain.ipynb #db2adc8e
+# %% ../nbs/27_pretrain.ipynb #9de531f4
 def probe_labels(
     rows:pd.DataFrame, # with `split` and `labels`
     least:int=5, # positives and negatives that a label must have in train and in valid
@@ -71,7 +72,7 @@ def probe_labels(
         ok &= (part.sum(0) >= least) & ((1 - part).sum(0) >= least)
     return [n for n, good in zip(names, ok) if good]
 
-# %% ../nbs/27_pretrain.ipynb #fde57351
+# %% ../nbs/27_pretrain.ipynb #17e8696d
 def probe_rows(
     rows:pd.DataFrame, # with `split` and `labels`; '' means that nothing is known, 'No Finding' that nothing was found
     split:str, # train, valid or test
@@ -81,7 +82,7 @@ def probe_rows(
     at = np.flatnonzero((rows.split == split) & rows.labels.fillna('').ne(''))
     return np.sort(at[torch.randperm(len(at), generator=seeded(0)).numpy()[:most]])
 
-# %% ../nbs/27_pretrain.ipynb #ed478566
+# %% ../nbs/27_pretrain.ipynb #56f39eda
 class Precision(MixedPrecision):
     "fastai's mixed precision, on the device of the model."
     def before_fit(self):
@@ -89,7 +90,7 @@ class Precision(MixedPrecision):
         self.autocast, self.scales = autocast(device, dtype=dtype), []
         self.learn.scaler = GradScaler(device, enabled=dtype == torch.float16)
 
-# %% ../nbs/27_pretrain.ipynb #974ab044
+# %% ../nbs/27_pretrain.ipynb #cc76d78e
 class Snapshots(Callback):
     "Keep the backbone every `every` epochs, the untrained one included, as `folder/epoch-0010.safetensors`."
     order = 80
@@ -104,12 +105,12 @@ class Snapshots(Callback):
         export_backbone(get_model(self.model), self.folder/f'epoch-{epoch:04}.safetensors', self.card | dict(epoch=epoch), torch.float16)
 
     def before_train(self):
-        if self.epoch == 0: self._keep(0)
+        if not get_model(self.model).seen: self._keep(0)
 
     def after_train(self):
         if (self.epoch + 1) % self.every == 0: self._keep(self.epoch + 1)
 
-# %% ../nbs/27_pretrain.ipynb #47e2ca2e
+# %% ../nbs/27_pretrain.ipynb #a387b9f5
 def choose_config(
     config:str, # 'auto', 'paper', 'official', 'moco', 'small', 'small_moco', or the config.json of a run
     n_images:int, # in the pool
@@ -131,7 +132,7 @@ def choose_config(
         raise ValueError(f"config must be auto, paper, official, moco, small, small_moco or a config.json, got {config!r}")
     return C2LConfig().replace(**(json.loads(Path(config).read_text())['config'] | changes))
 
-# %% ../nbs/27_pretrain.ipynb #a4dd0bac
+# %% ../nbs/27_pretrain.ipynb #9a30400c
 def _curves(log):
     fig, axs = plt.subplots(1, 2, figsize=(7, 2.3), layout='constrained')
     for ax, col in zip(axs, ('train_loss', 'knn')):
@@ -147,7 +148,7 @@ def _report(out, about, log, probe):
         'Map of the features': png_tag((out/'embedding.png').read_bytes()), 'Settings': html_table(settings),
         'Data and versions': facts(about['data'] | about['versions'])})
 
-# %% ../nbs/27_pretrain.ipynb #d583593b
+# %% ../nbs/27_pretrain.ipynb #b6caef9c
 def compare_probes(
     bodies:dict, # name -> `C2L` model or body that prepares its own pixels
     images:np.ndarray, # N×S×S uint8, at the views' size
@@ -165,16 +166,17 @@ def compare_probes(
     first, second = list(scores.values())[:2]
     return table, paired_difference(y[test], first, second, groups[test], labels), feats
 
-# %% ../nbs/27_pretrain.ipynb #a4df4825
-def _check(out, resume, arch, precision, **numbers):
+# %% ../nbs/27_pretrain.ipynb #99c8a0ca
+def _check(out, resume, arch, precision, save_every, **numbers):
     "Refuse what cannot work; returns the folder"
     out = Path(out)
     for name, n in numbers.items():
         if n is not None and n < 1: raise ValueError(f"{name} must be at least 1, got {n}")
+    if not save_every > 0: raise ValueError(f"save_every must be above 0 minutes, got {save_every}")
     if precision not in ('fp32', 'bf16', 'fp16'): raise ValueError(f"precision must be fp32, bf16 or fp16, got {precision!r}")
     if resume and not (out/'config.json').is_file():
         raise ValueError(f"{out} holds no run to resume: leave out --resume, or check the path")
-    if not resume and out.exists() and any(out.iterdir()):
+    if not resume and out.exists() and any(not p.name.endswith('.tmp') for p in out.iterdir()):    # of a writer that was killed
         raise ValueError(f"{out} is not empty: add --resume to go on, or choose another --out")
     create_encoder(arch, channels=1)
     return out
@@ -190,32 +192,33 @@ def _about(config, arch, rows, mark, data, versions=(torch, torchvision, fastai,
 
 def _squares(images, at, size): return np.stack([to_square(images[i], size) for i in at])
 
-# %% ../nbs/27_pretrain.ipynb #34b53b5b
+# %% ../nbs/27_pretrain.ipynb #c8240110
 def _probe_dls(images, rows, labels, size):
     "The labelled images of train and valid, for `OnlineProbe`"
     y, parts = label_matrix(rows, labels), [probe_rows(rows, split) for split in ('train', 'valid')]
     return labelled_dls(*[a for at in parts for a in (_squares(images, at, size), y[at])])
 
-def _learner(out, config, arch, images, rows, labels, mark, precision):
+def _learner(out, config, arch, images, rows, labels, mark, precision, save_every):
     "A `Learner` with everything that a run needs"
-    torch.manual_seed(config.seed)
+    set_seed(config.seed)
     decay = (StepDecay if config.schedule == 'step' else CosineDecay)(warmup=config.warmup)
     cbs = [C2LCallback(config), HealthCallback(), CollapseGuard(), ChannelsLast(), decay]
     if labels: cbs.append(OnlineProbe(_probe_dls(images, rows, labels, config.size)))
     if precision != 'fp32': cbs.append(Precision(precision))
     dls = pretrain_dls(images, config.batch_size, config.seed, rows=(rows.split == 'train').values)
     learn = Learner(dls, create_encoder(arch, channels=1), opt_func=c2l_opt, wd=config.wd, lr=config.lr, cbs=cbs, path=out)
-    learn.add_cb(C2LCheckpoint(out, fingerprint=run_mark(mark, learn)))
+    shared = dataclasses.asdict(config) | dict(arch=arch, precision=precision)
+    learn.add_cb(C2LCheckpoint(out, shared, run_mark(mark, learn), minutes=save_every))
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #db0c53be
+# %% ../nbs/27_pretrain.ipynb #0a758b67
 def _announce(about, config, labels):
     "What is about to be done"
     probe = f"probing {', '.join(labels)}" if labels else "no probe: no label has 5 images with and 5 without it in train and in valid"
     return (f"{about['data']['images']:,} images to train on, batch {config.batch_size}, queue {config.queue_size}, "
             f"momentum {config.momentum:.4g}, {config.epochs} epochs; {probe}")
 
-# %% ../nbs/27_pretrain.ipynb #2809f41b
+# %% ../nbs/27_pretrain.ipynb #de2ee12b
 def pretrain(
     data:str='phantoms', # 'phantoms', a folder of radiographs, or an index CSV (file, patient, split, labels)
     out:str='c2l_run', # folder for everything the run leaves; new, unless `resume`
@@ -228,24 +231,27 @@ def pretrain(
     seed:int=0, # of all draws
     precision:str='fp32', # fp32, bf16 or fp16
     n_phantoms:int=1024, # images, where `data` is 'phantoms'
-    resume:bool=False, # go on with the run in `out` from its last finished epoch
+    resume:bool=False, # go on with the run in `out` at the batch after its last checkpoint
     where:str='', # rows of an index CSV to take, as 'body_part=chest'
     snapshots:int=0, # keep the backbone every so many epochs, in `out`/snapshots; 0: the last alone
     cache:str='', # folder for the squares of a folder or index CSV; '': `out`-cache, beside the run
+    save_every:float=10., # minutes between checkpoints within an epoch; each epoch's end has one besides
     **changes, # further fields of `C2LConfig`
 ) -> Learner: # trained; `learn.model.student.backbone` is the result
     "Pretrain a backbone and write a run folder. ValueError before anything long if an argument cannot work, RuntimeError for a dead run."
     first = setup()[0] == 0                                       # of the processes that torchrun started, or the only one
-    out = rank0(_check, out, resume, arch, precision, size=size, epochs=epochs, batch=batch)
+    out = rank0(_check, out, resume, arch, precision, save_every, size=size, epochs=epochs, batch=batch)
     C2LConfig().replace(**changes)                                # a misspelt field ends here
     images, rows, mark = rank0(load_data, data, round(1.25*size), n_phantoms, where, cache or f'{out}-cache')
     config = choose_config(config, int((rows.split == 'train').sum()), batch, epochs, lr=lr, size=size, seed=seed, **changes)
     labels, about = probe_labels(rows), _about(config, arch, rows, mark, data)
     if first: print(_announce(about, config, labels))
-    learn = _learner(out, config, arch, images, rows, labels, mark, precision)
+    learn = _learner(out, config, arch, images, rows, labels, mark, precision, save_every)
     if snapshots and first: learn.add_cb(Snapshots(out/'snapshots', snapshots, _card(about)))
-    start = resume_run(learn, out) if resume else 0
-    if first: out.mkdir(parents=True, exist_ok=True); (out/'config.json').write_text(json.dumps(about, indent=1))
+    begun = resume and rank0(checkpoints, out)
+    start = resume_run(learn, out) if begun else 0
+    if resume and not begun and first: print("this run was ended before its first checkpoint: it begins anew")
+    if first: write_atomically(out/'config.json', json.dumps(about, indent=1).encode())
     with warnings.catch_warnings(), distributed(learn):
         warnings.filterwarnings('ignore', 'Your generator is empty')          # there is no validation set, and that is meant
         learn.fit(config.epochs, lr=config.lr, start_epoch=start)
@@ -253,14 +259,14 @@ def pretrain(
     if first: finish(learn, out, about, images, rows, labels)
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #b3293de1
+# %% ../nbs/27_pretrain.ipynb #5274fa60
 def _card(about):
     "What a backbone file says of itself"
     return {k: about[k] for k in ('arch', 'config', 'data', 'versions')} | dict(
         size=about['config']['size'], use="features of radiographs, for fine-tuning and research; not a medical device",
         limits="learned from the data named here only")
 
-# %% ../nbs/27_pretrain.ipynb #4724fdab
+# %% ../nbs/27_pretrain.ipynb #5dc5ad26
 def _probe(learn, about, images, rows, labels, out):
     "HTML of the probe against a fresh network of the same seed; also printed, and kept as probe.csv"
     if not labels: return ''
@@ -276,7 +282,7 @@ def _probe(learn, about, images, rows, labels, out):
     return ('<p>Area under the ROC curve on the validation patients, with 95 % intervals that resample patients.</p>' + html_table(table) +
             '<p>C2L minus untrained, the same images:</p>' + html_table(difference.rename(columns=dict(auroc_a='C2L', auroc_b='untrained'))))
 
-# %% ../nbs/27_pretrain.ipynb #ad7b4c46
+# %% ../nbs/27_pretrain.ipynb #a1e9b33d
 def _map(learn, images, rows, out, most=1000):
     "embedding.png: images that were not trained on, or any if there are no others"
     rest = np.flatnonzero((rows.split != 'train').values) if (rows.split != 'train').any() else np.arange(len(rows))
@@ -286,7 +292,7 @@ def _map(learn, images, rows, out, most=1000):
     names = rows.iloc[pick].labels.fillna('').str.split('|').str[0] if 'labels' in rows else None
     plot_embedding(umap_coords(feats), names, ax=ax); fig.savefig(out/'embedding.png', dpi=80, bbox_inches='tight'); plt.close(fig)
 
-# %% ../nbs/27_pretrain.ipynb #14adc122
+# %% ../nbs/27_pretrain.ipynb #3f076f70
 def finish(
     learn:Learner, # after training
     out:Path, # run folder
@@ -301,7 +307,7 @@ def finish(
     _map(learn, images, rows, out)
     _report(out, about, pd.read_csv(out/'log.csv'), probe)
 
-# %% ../nbs/27_pretrain.ipynb #28b96a5a
+# %% ../nbs/27_pretrain.ipynb #9d80b544
 def _number(text):
     "A value of --set: number, comma-separated numbers, true or false, or text"
     if ',' in text: return tuple(_number(t) for t in text.split(',') if t)
@@ -323,10 +329,11 @@ def main(
     seed:int=0, # Of all draws
     precision:str='fp32', # fp32, bf16 or fp16
     n_phantoms:int=1024, # Phantoms to draw
-    resume:bool=False, # Go on with the run in --out from its last finished epoch, with the same settings
+    resume:bool=False, # Go on with the run in --out at the batch after its last checkpoint, with the same settings
     where:str='', # Rows of an index CSV to take, as body_part=chest
     snapshots:int=0, # Keep the backbone every so many epochs
     cache:str='', # Folder for the squares of a folder or index CSV; default OUT-cache, beside the run
+    save_every:float=10., # Minutes between checkpoints within an epoch; each epoch's end has one besides
     set:str='', # Further fields of C2LConfig, as "queue_size=4096 momentum=0.99 crop=0.4,1"
 ):
     "Pretrain a backbone on radiographs without labels, by comparing image representations (C2L)"
@@ -337,6 +344,6 @@ def main(
         own = [k for k in changes if k in ('size', 'lr', 'seed', 'epochs', 'batch_size')]
         if own: raise ValueError(f"{own[0]} has an option of its own, --{own[0].replace('_size', '')}: use that in place of --set")
         pretrain(data, out, arch, (48 if phantoms else 224) if size is None else size,
-                 16 if epochs is None and phantoms else epochs, batch, lr, config, seed, precision, n_phantoms, resume, where, snapshots, cache, **changes)
+                 16 if epochs is None and phantoms else epochs, batch, lr, config, seed, precision, n_phantoms, resume, where, snapshots, cache, save_every, **changes)
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_pretrain: {e}") from e
     if not rank_distrib(): print(f"Wrote {out}: see report.html; the backbone is backbone.safetensors")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learner_state', 'C2LCheckpoint', 'resume']
 
-# %% ../nbs/24_checkpoint.ipynb #925cfd4e
+# %% ../nbs/24_checkpoint.ipynb #e098730f
 import csv, io, platform, random, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import __version__
 from .store import CheckpointError, checkpoints, load_checkpoint, save_checkpoint, write_atomically
 
-# %% ../nbs/24_checkpoint.ipynb #feda59f8
+# %% ../nbs/24_checkpoint.ipynb #8622bb37
 def _get_random(r): version, ints, gauss = r.getstate(); return [version, torch.tensor(ints), gauss]
 def _set_random(r, state): r.setstate((state[0], tuple(state[1].tolist()), state[2]))
 
@@ -37,7 +37,7 @@ def _set_rng(dl, state):
     _set_random(random, state['python'])
     _set_random(getattr(dl, 'rng', random), state['loader'])
 
-# %% ../nbs/24_checkpoint.ipynb #f32ce824
+# %% ../nbs/24_checkpoint.ipynb #3c6e1ae2
 def _meters(r): return [r.smooth_loss, *(r.learn.metrics if r.train_metrics else ())]     # what sums up while an epoch runs
 def _numbers(m): return {k: v for k, v in vars(m).items() if isinstance(v, (int, float, Tensor, list, L))}
 
@@ -51,7 +51,7 @@ def _set_recorder(r, state):
     r.values = [L(v) for v in state['values']]
     for m, sums in zip(_meters(r), state['sums']): vars(m).update(sums)
 
-# %% ../nbs/24_checkpoint.ipynb #0d71e81c
+# %% ../nbs/24_checkpoint.ipynb #18663bd6
 def _flatten(tree, tensors, name=''):
     "`tree` for JSON; its tensors go to the dict `tensors`, and {'tensor': name} stands where each was"
     if isinstance(tree, Tensor):
@@ -68,7 +68,7 @@ def _unflatten(tree, tensors):
     if not isinstance(tree, dict): return tree
     return tensors[tree['tensor']] if tree.keys() == {'tensor'} else {k: _unflatten(v, tensors) for k, v in tree.items()}
 
-# %% ../nbs/24_checkpoint.ipynb #7cc957d9
+# %% ../nbs/24_checkpoint.ipynb #8f87422f
 def _remembered(cb):
     "What a callback's class names in `checkpointed`, and what `HealthCallback` has gathered in this epoch"
     names = getattr(type(cb), 'checkpointed', ())
@@ -89,7 +89,7 @@ def learner_state(
     state = _flatten(dict(model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(), loop=loop), tensors)
     return tensors, dict(step=learn.train_iter, epoch=epoch, iter=done, state=state)
 
-# %% ../nbs/24_checkpoint.ipynb #d9399e4f
+# %% ../nbs/24_checkpoint.ipynb #70c0c504
 def _set_loop(learn, loop):
     "All but model and optimiser"
     learn.train_iter, learn.pct_train = loop['train_iter'], loop['pct_train']*(loop['n_epoch']/learn.n_epoch)
@@ -99,7 +99,7 @@ def _set_loop(learn, loop):
         for a, value in loop['callbacks'].get(cb.name, {}).items(): setattr(cb, a, to_device(value, next(learn.model.parameters()).device))
     _set_rng(learn.dls.train, loop['rng'])
 
-# %% ../nbs/24_checkpoint.ipynb #a705245a
+# %% ../nbs/24_checkpoint.ipynb #3fedd63a
 class C2LCheckpoint(Callback):
     "Save what the next batch depends on, now and then and at each epoch's end, and keep `log.csv`. OSError if the disk fails"
     order, name, run_valid = 90, 'checkpoint', False   # after all that changes in a batch, or at an epoch's end
@@ -125,7 +125,7 @@ class C2LCheckpoint(Callback):
             f"{self.folder} holds an earlier run's checkpoints: resume(learn, folder) goes on with it; else take another folder")
         self.order_rng = _get_rng(self.dls.train)
 
-# %% ../nbs/24_checkpoint.ipynb #824777df
+# %% ../nbs/24_checkpoint.ipynb #c06cec77
 @patch
 def before_batch(self:C2LCheckpoint): self.stepped = False
 @patch
@@ -138,7 +138,7 @@ def after_batch(self:C2LCheckpoint):
     often = self.steps and self.train_iter - self.at >= self.steps
     if self.late or often or time.monotonic() - self.clock >= 60*self.minutes: self._save(self.epoch, self.iter + 1)
 
-# %% ../nbs/24_checkpoint.ipynb #5890c647
+# %% ../nbs/24_checkpoint.ipynb #16a2b667
 @patch
 def _save(self:C2LCheckpoint, epoch, done):
     "Copy the state now, write it in a thread; OSError if the write before has failed"
@@ -160,7 +160,7 @@ def _wait(self:C2LCheckpoint):
 @patch
 def after_fit(self:C2LCheckpoint): self._wait()
 
-# %% ../nbs/24_checkpoint.ipynb #67758f79
+# %% ../nbs/24_checkpoint.ipynb #1b95b279
 @patch
 def after_epoch(self:C2LCheckpoint):
     "A row, and a checkpoint if no gradient waits for its step; or wake the others after epochs that were skipped"
@@ -179,7 +179,7 @@ def _write_log(self:C2LCheckpoint):
     csv.writer(f, lineterminator='\n').writerows([self.recorder.metric_names, *self.rows])
     write_atomically(self.folder/'log.csv', f.getvalue().encode())
 
-# %% ../nbs/24_checkpoint.ipynb #bcbfb7e7
+# %% ../nbs/24_checkpoint.ipynb #0ac4dddf
 def _plain(x): return json.loads(json.dumps(asdict(x) if is_dataclass(x) else x))    # as it comes back from JSON
 
 def _made_with():
@@ -197,7 +197,7 @@ def about(self:C2LCheckpoint):
                 arch={k: list(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)},
                 optimiser=f"{type(getattr(opt, 'opt', opt)).__name__} of {[len(p) for p in opt.param_lists]} tensors")
 
-# %% ../nbs/24_checkpoint.ipynb #5fa572fb
+# %% ../nbs/24_checkpoint.ipynb #0523d2bb
 @patch
 def before_fit(self:C2LCheckpoint):
     "After `resume`: prepare to go on within an epoch, and keep the others quiet in epochs that are skipped"
@@ -207,10 +207,13 @@ def before_fit(self:C2LCheckpoint):
     if not any(isinstance(cb, SkipToEpoch) for cb in self.learn.cbs): return
     if self.n_epoch < self.next + (self.pending['iter'] > 0): raise CheckpointError(
         f"{self.next} epochs are done already, n_epoch={self.n_epoch} is less" + (" than what was begun" if self.pending['iter'] else ''))
-    self.muted = [cb for cb in self.learn.cbs if cb.run and cb is not self and not isinstance(cb, SkipToEpoch)]
-    for cb in self.muted: cb.run = False
+    cbs = list(self.learn.cbs.sorted('order'))
+    self.muted = [cb for cb in cbs if cb.run and cb is not self and not isinstance(cb, SkipToEpoch)]
+    for cb in self.muted:
+        if cbs.index(cb) > cbs.index(self): cb('before_fit')           # its turn has not come yet, and will not
+        cb.run = False
 
-# %% ../nbs/24_checkpoint.ipynb #a62b7925
+# %% ../nbs/24_checkpoint.ipynb #e8a3ecfa
 @patch
 def _wake(self:C2LCheckpoint):
     "The last skipped epoch is over"
@@ -230,7 +233,7 @@ def _go_on(self:C2LCheckpoint):
     for row in self.rows: self.logger(row)
     self._write_log()
 
-# %% ../nbs/24_checkpoint.ipynb #92771d93
+# %% ../nbs/24_checkpoint.ipynb #1f448ae3
 @patch
 def _rest(self:C2LCheckpoint):
     "fastai's `all_batches`, once: those of this epoch that were not done"
@@ -248,7 +251,7 @@ def _rest(self:C2LCheckpoint):
         if i >= start: learn.one_batch(i, b)
     if first: dl.start = 0                       # also where another process drew the order
 
-# %% ../nbs/24_checkpoint.ipynb #a25c3b92
+# %% ../nbs/24_checkpoint.ipynb #e3002e3a
 def _differences(saved, here, name):
     "Sentences, one a field"
     if not (isinstance(saved, dict) and isinstance(here, dict)):
@@ -261,7 +264,7 @@ def _load_opt(opt, state, device):
     else: state['state'] = to_device(state['state'], device)
     opt.load_state_dict(state)
 
-# %% ../nbs/24_checkpoint.ipynb #0a0a1d41
+# %% ../nbs/24_checkpoint.ipynb #2c279a24
 def _prepare(learn):
     "An optimiser on the device, no gradient of a batch that was interrupted; a warning if the loader draws what nobody can repeat"
     learn.model.to(getattr(learn.dls, 'device', None) or default_device())
@@ -280,7 +283,7 @@ def _check(cb, meta):
     other = _differences(meta['made_with'], _made_with(), 'made_with')
     if other: warnings.warn(f"the run goes on, but perhaps not to the bit: {'; '.join(other)}")
 
-# %% ../nbs/24_checkpoint.ipynb #e919ada7
+# %% ../nbs/24_checkpoint.ipynb #6f9c23cc
 def _random_transforms(dl):
     "Names of fastai's random transforms in a loader"
     steps = [f for when in ('after_item', 'before_batch', 'after_batch') for f in getattr(getattr(dl, when, None), 'fs', [])]

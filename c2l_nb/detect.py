@@ -7,7 +7,7 @@ __all__ = ['OPACITIES', 'RATIOS', 'adamw', 'phantom_boxes', 'Ready', 'first_laye
            'box_augment', 'BoxPool', 'BoxDL', 'detection_loss', 'BestMap', 'Epoch', 'xywh', 'rows_of',
            'detection_learner', 'predict', 'load_detection', 'detect', 'main']
 
-# %% ../nbs/31_detect.ipynb #8a568863
+# %% ../nbs/31_detect.ipynb #7660de39
 import hashlib, json, platform
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,13 @@ from .encoder import IMAGENET_MEAN, IMAGENET_STD, Prepare, create_encoder, in_ch
 from .callback import CosineDecay
 from .embed import eval_mode
 from .checkpoint import C2LCheckpoint, resume as resume_run
-from .weights import _write, load_backbone, read_card
+from .store import write_atomically
+from .weights import load_backbone, read_card
 from .report import facts, picture, table, write_report
 from .pretrain import Precision
 from .boxes import check_boxes, draw_boxes, map_table, read_boxes, score_images, square_boxes, unsquare, write_predictions
 
-# %% ../nbs/31_detect.ipynb #8b6947d7
+# %% ../nbs/31_detect.ipynb #66363d34
 OPACITIES = 'Consolidation', 'Infiltration', 'Pneumonia'
 
 def phantom_boxes(n:int, # images, one a patient
@@ -60,7 +61,7 @@ def phantom_boxes(n:int, # images, one a patient
         if progress and i%250 == 249: print(f'{i+1} phantoms drawn', flush=True)
     return np.stack(images), split_patients(pd.DataFrame(rows), valid=.2, test=0.)
 
-# %% ../nbs/31_detect.ipynb #32a67b51
+# %% ../nbs/31_detect.ipynb #18859d5c
 class Ready(nn.Module):
     "In place of RetinaNet's own transform: no resize, and `Prepare` is the only normalisation"
     def __init__(self, prepare:Prepare): super().__init__(); self.prepare = prepare
@@ -71,7 +72,7 @@ class Ready(nn.Module):
 
     def postprocess(self, result, image_shapes, original_sizes): return result
 
-# %% ../nbs/31_detect.ipynb #5f39c10e
+# %% ../nbs/31_detect.ipynb #2fd9e9c4
 RATIOS = .7, 1.4, 2.4                       # height/width of the anchors
 
 def first_layer(size)->int: return int(np.clip(round(np.log2(size/32)) - 1, 1, 3))      # of the ResNet: its stride is nearest to size/32
@@ -83,7 +84,7 @@ def anchors(size:int, # side of the images, px
     sides = tuple(tuple(size/8*2**(level + k/3) for k in range(3)) for level in range(levels))
     return AnchorGenerator(sides, (RATIOS,)*levels)
 
-# %% ../nbs/31_detect.ipynb #21c91450
+# %% ../nbs/31_detect.ipynb #10fa52bb
 class Heads(RetinaNetHead):
     "torchvision's two heads; what they say is float32, so that the losses are, whatever the precision"
     def forward(self, x): return {k: v.float() for k, v in super().forward(x).items()}
@@ -106,7 +107,7 @@ class Detector(RetinaNet):
         super().__init__(fpn, 1, anchor_generator=anchors(size, n), head=heads, nms_thresh=nms, detections_per_img=20)
         self.transform = Ready(prepare or Prepare(channels=channels))
 
-# %% ../nbs/31_detect.ipynb #e4b2d8a0
+# %% ../nbs/31_detect.ipynb #a2dcbcb2
 def load_init(init:str, # 'untrained', 'imagenet' (torchvision downloads), or a file of `export_backbone`
               arch:str='resnet18', # of the first two; a file knows its own
              )->tuple: # body, and the `Prepare` that it was trained with
@@ -117,7 +118,7 @@ def load_init(init:str, # 'untrained', 'imagenet' (torchvision downloads), or a 
     card, body = read_card(init), load_backbone(init)
     return body, Prepare(card.get('mean', IMAGENET_MEAN), card.get('std', IMAGENET_STD), in_channels(body))
 
-# %% ../nbs/31_detect.ipynb #938ec989
+# %% ../nbs/31_detect.ipynb #058615bc
 def box_augment(): return v2.Compose([
     v2.RandomHorizontalFlip(.5), v2.RandomAffine(0, translate=(.06,.06), scale=(.9,1.1), interpolation=v2.InterpolationMode.BILINEAR),
     v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=2, labels_getter=lambda item: item[1]['labels'])])
@@ -137,7 +138,7 @@ class BoxPool:
         if self.tfms: x, target = self.tfms(tv_tensors.Image(x), target)
         return x.as_subclass(Tensor), {k: v.as_subclass(Tensor) for k, v in target.items()}
 
-# %% ../nbs/31_detect.ipynb #5e62b770
+# %% ../nbs/31_detect.ipynb #4f7ae367
 class BoxDL(PoolDL):
     "Batches (images B×1×S×S uint8, B targets, B row numbers) of a `BoxPool`"
     def create_batch(self, ids):
@@ -167,7 +168,7 @@ class Epoch(Callback):
 def xywh(boxes): return torch.cat([boxes[:,:2], boxes[:,2:] - boxes[:,:2]], 1).cpu().numpy().astype(float)
 def rows_of(p): return np.concatenate([p['scores'].float().cpu().numpy()[:,None], xywh(p['boxes'].float())], 1).astype(float)
 
-# %% ../nbs/31_detect.ipynb #9146e8c5
+# %% ../nbs/31_detect.ipynb #789f522e
 adamw = partial(OptimWrapper, opt=torch.optim.AdamW)
 
 def detection_learner(images, # N×S×S uint8
@@ -197,7 +198,7 @@ def predict(model, # a detector
     with eval_mode(model):
         return [rows_of(p) for i in range(0, len(at), bs) for p in model(torch.as_tensor(images[at[i:i+bs]])[:,None].to(device))]
 
-# %% ../nbs/31_detect.ipynb #109d9f71
+# %% ../nbs/31_detect.ipynb #7a2be647
 def load_detection(data:str, # 'phantoms', an index CSV (with `boxes`), or the folder of the RSNA challenge
                    size:int, # side of the squares, px
                    boxes:str|None=None, # CSV of boxes for an index
@@ -227,7 +228,7 @@ def load_detection(data:str, # 'phantoms', an index CSV (with `boxes`), or the f
     mark = hashlib.sha256(f'{mark} {size} {rows.boxes.tolist()} {rows.split.tolist()}'.encode()).hexdigest()
     return images, rows.assign(square=square), mark
 
-# %% ../nbs/31_detect.ipynb #dc2b1202
+# %% ../nbs/31_detect.ipynb #4f6a17a6
 def _check_run(out, resume, precision, **numbers):
     "Refuse what cannot work; returns the folder"
     out = Path(out)
@@ -251,10 +252,10 @@ def _masks(rows, score_on, batch):
 def _versions():
     return dict(c2l_nb=__version__, python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
 
-# %% ../nbs/31_detect.ipynb #a33d91b1
+# %% ../nbs/31_detect.ipynb #7d978970
 def _finish(out, model, images, at, rows, config, phantoms):
     "Weights, predictions, score and report"
-    _write(out/'detector.safetensors', save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, {'card': json.dumps(config)}))
+    write_atomically(out/'detector.safetensors', save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, {'card': json.dumps(config)}))
     preds = [unsquare(p, w, h, config['size']) for p, w, h in zip(predict(model, images, at), rows.width, rows.height)]
     write_predictions(out/'predictions.csv', rows.patientId, preds)
     score = map_table(rows.boxes.tolist(), preds, rows.patient.where(rows.patient.notna(), rows.patientId).tolist())
@@ -270,7 +271,7 @@ def _finish(out, model, images, at, rows, config, phantoms):
     write_report(out/'report.html', 'Detection of lung opacities', parts | {'Settings': facts(config)})
     return score
 
-# %% ../nbs/31_detect.ipynb #cb28d6c6
+# %% ../nbs/31_detect.ipynb #e9586d1c
 def detect(data:str='phantoms', # 'phantoms', an index CSV, or the folder of the RSNA challenge
            out:str='c2l_detect', # folder for everything the run leaves; new, unless `resume`
            boxes:str|None=None, side:float|None=None, # for an index, see `load_detection`
@@ -302,7 +303,7 @@ def detect(data:str='phantoms', # 'phantoms', an index CSV, or the folder of the
     learn.fit(epochs, lr, start_epoch=start)
     return _finish(out, model, images, np.flatnonzero(scored), rows[scored].reset_index(drop=True), about, data == 'phantoms')
 
-# %% ../nbs/31_detect.ipynb #01b1c425
+# %% ../nbs/31_detect.ipynb #819e6fed
 @call_parse
 def main(
     data:str='phantoms', # phantoms, an index CSV (with --boxes), or the folder of the RSNA Pneumonia Detection challenge

@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'HEADS', 'RENAMES', 'ARCHS', 'WeightsError', 'export_backbone', 'read_card', 'card_markdown',
            'load_backbone']
 
-# %% ../nbs/26_weights.ipynb #08259f54
+# %% ../nbs/26_weights.ipynb #37f158bd
 from argparse import Namespace
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
@@ -16,9 +16,9 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 from .encoder import Encoder, Prepare, create_encoder, ends_in_linear, in_channels
-from .store import _write, write_atomically
+from .store import write_atomically
 
-# %% ../nbs/26_weights.ipynb #fb644c8f
+# %% ../nbs/26_weights.ipynb #1e3720b7
 class WeightsError(ValueError):
     "A weights file, or a model to write, that cannot be used: which, why, and what to do"
 
@@ -42,7 +42,7 @@ def _digest(tensors, card):
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../nbs/26_weights.ipynb #86626581
+# %% ../nbs/26_weights.ipynb #18def2d3
 def export_backbone(model:nn.Module, # A body, an `Encoder`, or the model that `C2LCallback` trained
                     path:str|Path, # File to write, *.safetensors; one that exists is replaced whole
                     card:dict|None=None, # Model card: mean, std, size, config, data, health, use, limits, …
@@ -57,7 +57,7 @@ def export_backbone(model:nn.Module, # A body, an `Encoder`, or the model that `
     tensors = {k: cast(t) for k, t in body.state_dict().items()}
     return write_atomically(path, save(tensors, dict(format='pt', card=text, sha256=_digest(tensors, text))))
 
-# %% ../nbs/26_weights.ipynb #c38fb9cb
+# %% ../nbs/26_weights.ipynb #b8b698fb
 def _unpickle(path):
     "Tensors by name in a `torch.save` file, read by weights_only, which runs nothing; WeightsError if it wants more"
     try:
@@ -77,7 +77,7 @@ def _unpickle(path):
     if not tensors: raise WeightsError(f"{path} is a pickle without tensors by name: save model.state_dict() in it")
     return tensors
 
-# %% ../nbs/26_weights.ipynb #f238d163
+# %% ../nbs/26_weights.ipynb #f3e6b552
 def _card(path, meta):
     "The model card in a file's metadata"
     try: return dict(json.loads(meta['card']))
@@ -97,13 +97,13 @@ def _read(path):
             raise WeightsError(f"{path} is damaged, its SHA-256 is not that of its contents: copy or download it again")
     return tensors, meta
 
-# %% ../nbs/26_weights.ipynb #9babd1a5
+# %% ../nbs/26_weights.ipynb #2181714b
 def read_card(path:str|Path, # A file of `export_backbone`
              )->dict: # The model card
     "What the writer said of the weights: above all `arch`, `channels`, `mean`, `std`. WeightsError if there is no card"
     return _card(path, _read(path)[1])
 
-# %% ../nbs/26_weights.ipynb #de96fd55
+# %% ../nbs/26_weights.ipynb #ac2727ec
 _ASKED = 'arch', 'channels', 'mean', 'std', 'size', 'data', 'health', 'use', 'limits', 'config'
 
 def _cell(v):
@@ -118,7 +118,7 @@ def card_markdown(path:str|Path, # A file of `export_backbone`
     return '\n'.join([f"### {_cell(Path(path).name)}", '', '| | |', '|---|---|',
                       *(f'| {_cell(k)} | {_cell(v)} |' for k, v in card.items())])
 
-# %% ../nbs/26_weights.ipynb #4a87db57
+# %% ../nbs/26_weights.ipynb #2ec62fa1
 LAYOUTS = (  # names begin with, so they come from, heads to leave out; the first row that is found holds
     ('encoder.module.',     'the released C2L code, ResNet',    ('fc.',)),
     ('densenet121.module.', 'the released C2L code, DenseNet',  ('classifier.',)),
@@ -134,7 +134,7 @@ RENAMES = (  # what stands in a name, torchvision's word for it
     (r'^(0\.)?(?=(conv0|norm0|norm5|denseblock\d|transition\d)\.)', 'features.'),  # the same of a DenseNet
     (r'(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)', r'\1'))  # DenseNets of 2017
 
-# %% ../nbs/26_weights.ipynb #c2710029
+# %% ../nbs/26_weights.ipynb #06308390
 def _rename(name):
     "torchvision's word for the name of a body's tensor"
     for pattern, new in RENAMES: name = re.sub(pattern, new, name)
@@ -154,7 +154,7 @@ def _translate(tensors, own, notes):
               "no model card, so mean and std are unknown"]
     return {new: tensors[k] for k, new in kept.items()}
 
-# %% ../nbs/26_weights.ipynb #72904c1e
+# %% ../nbs/26_weights.ipynb #8d3b949f
 def _fold(tensors, own, notes):
     "`tensors`, the first convolution brought from 3 channels to 1 or from 1 to 3 if `own` has it so"
     k = next((k for k, v in own.items() if v.ndim == 4), None)
@@ -164,7 +164,7 @@ def _fold(tensors, own, notes):
     notes += ['3 channels folded into 1' if channels[1] == 1 else '1 channel spread over 3, for grey images']
     return tensors | {k: w.sum(1, keepdim=True) if channels[1] == 1 else w.expand(-1, 3, -1, -1)/3}
 
-# %% ../nbs/26_weights.ipynb #84ccb36f
+# %% ../nbs/26_weights.ipynb #515ae7d9
 ARCHS = 'resnet18', 'resnet34', 'resnet50', 'densenet121'
 
 def _guess(tensors):
@@ -192,7 +192,7 @@ def _complaint(tensors, own, strict):
     arch = _guess(tensors)
     return f"is of another architecture ({f'it fits {arch}' if arch else 'none of ' + ', '.join(ARCHS)}): {why}"
 
-# %% ../nbs/26_weights.ipynb #fc593661
+# %% ../nbs/26_weights.ipynb #cca2ea5f
 def _new_body(arch, path, meta, tensors):
     "A network to load into: `arch`, the card's, or the one of these names; the global generator is not moved"
     card = _card(path, meta) if 'card' in meta else {}

@@ -192,6 +192,18 @@ def test_each_epoch_resumes(tmp_path):
     assert learn.recorder.lrs == [.02]*8 + learn.recorder.lrs[8:]
     assert_same_run(tmp_path/'whole', tmp_path/'run')
 
+@pytest.mark.parametrize('place', (1, 99))
+def test_every_callback_hears_that_a_fit_begins(tmp_path, place):
+    "On a resume too, wherever it stands in the order, and once"
+    class Ear(Callback):
+        order, heard = place, 0
+        def before_fit(self): self.heard += 1
+        def after_batch(self): assert self.heard == 1
+    with pytest.raises(InterruptedError): fit(learner('sgd', tmp_path, die=('stop', 2, 1)))
+    ear = Ear()
+    go_on('sgd', tmp_path, cbs=[ear])
+    assert ear.heard == 1
+
 def test_same_learner_after_an_interruption(tmp_path):
     "A stopped Jupyter cell: resume on the very learner; without it, the fit is refused"
     fit(learner('sgd', tmp_path/'whole'))

@@ -6,7 +6,7 @@
 __all__ = ['L2S', 'eval_mode', 'extract_features', 'knn_predict', 'retrieval_at_1', 'linear_probe', 'umap_coords',
            'plot_embedding', 'plot_umap']
 
-# %% ../nbs/22_embed.ipynb #2a2d8ec0
+# %% ../nbs/22_embed.ipynb #7a5fcd2a
 from contextlib import contextmanager, nullcontext
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from fastai.torch_core import no_random
 from .encoder import pool
 from .metrics import auroc, _codes
 
-# %% ../nbs/22_embed.ipynb #20f22833
+# %% ../nbs/22_embed.ipynb #ed4b322e
 @contextmanager
 def eval_mode(model:nn.Module, # Any module; the layers inside may be in different modes
              ):
@@ -25,7 +25,7 @@ def eval_mode(model:nn.Module, # Any module; the layers inside may be in differe
     finally:
         for m, mode in modes.items(): m.training = mode
 
-# %% ../nbs/22_embed.ipynb #fb3f48c5
+# %% ../nbs/22_embed.ipynb #c154662a
 def _images(data, bs):
     "Image batches of a tensor or a DataLoader, in order"
     if isinstance(data, Tensor): data = data.split(bs)
@@ -42,7 +42,7 @@ def _in_order(data):
     tfms_off = getattr(data.dataset, 'set_split_idx', None)
     return data.new(shuffle=False, drop_last=False), tfms_off(1) if tfms_off else nullcontext()
 
-# %% ../nbs/22_embed.ipynb #53c96fd4
+# %% ../nbs/22_embed.ipynb #39f201ac
 def extract_features(encoder:nn.Module, # A body: images to B×F or B×F×H×W; or `learn.model` of C2L
                      dl_or_tensor, # Images N×C×H×W, or a DataLoader whose batches start with such
                      device=None, # Where to run (the encoder is moved there); default: where it is
@@ -60,7 +60,7 @@ def extract_features(encoder:nn.Module, # A body: images to B×F or B×F×H×W; 
     if feats[0].ndim!=2: raise ValueError(f"encoder must return B×F or B×F×H×W, not {feats[0].ndim} dimensions")
     return torch.cat(feats)
 
-# %% ../nbs/22_embed.ipynb #73083b7b
+# %% ../nbs/22_embed.ipynb #b0983644
 def _check(name, f, width=None):
     "Features `f` as N×F floats; ValueError names them"
     f = torch.as_tensor(f)
@@ -84,7 +84,7 @@ def _targets(name, y, n, n_classes=None):
         raise ValueError(f"{name} must be 0, 1 or NaN (unknown), N×{n_classes or 'C'}")
     return y, False
 
-# %% ../nbs/22_embed.ipynb #91f6a5f1
+# %% ../nbs/22_embed.ipynb #875f15b4
 def knn_predict(train_feats, # Features that have labels, M×F
                 train_y, # Their labels: class numbers M, or 0, 1, NaN (unknown) M×C
                 feats, # Features to score, N×F
@@ -104,7 +104,7 @@ def knn_predict(train_feats, # Features that have labels, M×F
         res.append((w*y[idx]).sum(1)/(w*known[idx]).sum(1))     # B×C
     return torch.cat(res)
 
-# %% ../nbs/22_embed.ipynb #5980863f
+# %% ../nbs/22_embed.ipynb #f86e8382
 def retrieval_at_1(feats, # Features, N×F
                    groups, # What should be found again, N labels: the patient
                    exclude=None, # N labels: images that share the query's are no candidates; default: itself
@@ -123,7 +123,7 @@ def retrieval_at_1(feats, # Features, N×F
     if not sum(map(len, hits)): raise ValueError("groups has no two images that may find each other")
     return torch.cat(hits).float().mean().item()
 
-# %% ../nbs/22_embed.ipynb #d32c6418
+# %% ../nbs/22_embed.ipynb #7930e4ff
 def _loss(z, y, one_class):
     "Softmax cross-entropy, or the sum over findings of the binary one, unknown labels left out"
     if one_class: return F.cross_entropy(z, y)
@@ -131,7 +131,7 @@ def _loss(z, y, one_class):
     bce = F.binary_cross_entropy_with_logits(z, y.nan_to_num(), weight=known, reduction='none')
     return (bce.sum(0)/known.sum(0).clamp_min(1)).sum()
 
-# %% ../nbs/22_embed.ipynb #b342563c
+# %% ../nbs/22_embed.ipynb #7529014c
 def _path(x, y, l2s, one_class):
     "Logistic regressions on x: N×F, strong to weak, each started at the one before; a list of (1+F)×C"
     W, res = torch.zeros(1+x.shape[1], y.shape[1], dtype=x.dtype), []
@@ -152,7 +152,7 @@ def _predict(W, x, one_class):
     z = x@W[1:]+W[0]
     return z.softmax(1) if one_class else z.sigmoid()
 
-# %% ../nbs/22_embed.ipynb #0d298af3
+# %% ../nbs/22_embed.ipynb #5bc6d9c4
 def _mean_auroc(y, p): return torch.tensor([auroc(a, b) for a,b in zip(y.T, p.T)]).nanmean().item()
 
 def _folds(groups, n, folds, seed):
@@ -162,7 +162,7 @@ def _folds(groups, n, folds, seed):
     if k<folds: raise ValueError(f"groups has {k} patients for {folds} folds: give valid_y, or fewer folds")
     return (torch.randperm(k, generator=torch.Generator().manual_seed(seed))%folds)[patient]
 
-# %% ../nbs/22_embed.ipynb #111d14dd
+# %% ../nbs/22_embed.ipynb #9e5d6b30
 def _choose(x, y, valid, groups, l2s, folds, seed, one_class):
     "Index of the strength with the best mean AUROC, on `valid` or on folds of the training set"
     if valid:
@@ -179,7 +179,7 @@ def _choose(x, y, valid, groups, l2s, folds, seed, one_class):
         raise ValueError(f"{'valid_y' if valid else 'train_y'}: no class has both positives and negatives to choose l2 by")
     return int(np.argmax(res))
 
-# %% ../nbs/22_embed.ipynb #d9ef55d5
+# %% ../nbs/22_embed.ipynb #51b10d51
 L2S = (10., 1., .1, .01, .001, .0001)  # strong to weak, a factor of ten apart
 
 def linear_probe(train_feats, # Features, M×F
@@ -203,7 +203,7 @@ def linear_probe(train_feats, # Features, M×F
     W = _path(x, y, l2s[:best+1], one_class)[-1]
     return _predict(W, valid if test_feats is None else scale('test_feats', test_feats), one_class), l2s[best]
 
-# %% ../nbs/22_embed.ipynb #32ad55f7
+# %% ../nbs/22_embed.ipynb #fd0012f9
 def umap_coords(feats, # Features, N×F
                 seed:int=42, # The map depends on it
                 n_neighbors:int=15, # UMAP's default: larger sees more of the whole
@@ -216,7 +216,7 @@ def umap_coords(feats, # Features, N×F
     return UMAP(n_neighbors=min(n_neighbors, len(f)-1), min_dist=min_dist, metric='cosine', random_state=seed,
                 n_jobs=1).fit_transform(f)
 
-# %% ../nbs/22_embed.ipynb #30c2549f
+# %% ../nbs/22_embed.ipynb #8ad2ee1a
 def plot_embedding(coords, # N×2
                    labels=None, # N: floats become a colour bar, all else a legend
                    ax=None, # Axes to draw on; default: new ones
@@ -230,12 +230,13 @@ def plot_embedding(coords, # N×2
     ax = ax or plt.subplots(figsize=(4,4))[1]
     if labels.dtype.kind=='f': ax.figure.colorbar(ax.scatter(*coords.T, c=labels, s=s), ax=ax)
     else:
-        for l in pd.unique(labels): ax.scatter(*coords[labels==l].T, s=s, label=str(l), alpha=.8)
+        for i,l in enumerate(pd.unique(labels)):   # ten colours, then the next marker: fifty classes can be told apart
+            ax.scatter(*coords[labels==l].T, s=s, label=str(l), alpha=.8, color=f'C{i%10}', marker='o^sDX'[i//10%5])
         if 1<len(pd.unique(labels))<=20: ax.legend(fontsize=7, markerscale=2)
     ax.set(xticks=[], yticks=[], title=title)
     return ax
 
-# %% ../nbs/22_embed.ipynb #00e789a5
+# %% ../nbs/22_embed.ipynb #647b0806
 def plot_umap(feats, # Features, N×F
               labels=None, # As in `plot_embedding`
               ax=None, # Likewise

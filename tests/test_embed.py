@@ -1,12 +1,18 @@
 """Frozen features, neighbours, retrieval and the linear probe, against brute force and scikit-learn."""
-import ast, math, random
-import numpy as np, pytest, torch
+import ast, json, math, random, re
+import numpy as np, pandas as pd, pytest, torch
 import torch.nn.functional as F
+from fastcore.script import anno_parser
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import r2_score
 from torch import nn
-from c2l_nb import embed
+from c2l_nb import embed, explain, gallery
+from c2l_nb.cache import DataError
 from c2l_nb.embed import (_folds, eval_mode, extract_features, knn_predict, linear_probe, plot_embedding, retrieval_at_1, umap_coords)
-from c2l_nb.metrics import auroc
+from c2l_nb.encoder import Prepare, create_encoder
+from c2l_nb.metrics import auroc, patient_counts
+from c2l_nb.phantom import write_phantoms
+from c2l_nb.weights import WeightsError, export_backbone, load_backbone
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -221,3 +227,145 @@ def test_umap_is_not_imported_with_the_module():
     tops = [n for n in ast.parse(open(embed.__file__, encoding='utf8').read()).body if isinstance(n, (ast.Import, ast.ImportFrom))]
     names = [getattr(n, 'module', None) or n.names[0].name for n in tops]
     assert 'torch' in ' '.join(names) and not any(n.startswith('umap') for n in names)
+
+
+# ---- the command, neighbours and the interactive map (gallery); ridge and Grad-CAM (explain)
+
+@pytest.fixture(scope='module')
+def films(tmp_path_factory):
+    "40 phantoms, two broken files among them, and two backbones"
+    root = tmp_path_factory.mktemp('films')
+    write_phantoms(root/'x', 40, size=32, progress=False)
+    names = sorted((root/'x'/'images').iterdir())
+    names[3].write_bytes(b'no image'); names[7].write_bytes(b'')
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        export_backbone(create_encoder('resnet18', channels=1), root/f'body{seed}.safetensors', dict(size=32))
+    return root
+
+
+@pytest.fixture(scope='module')
+def done(films):
+    with pytest.warns(UserWarning, match='2 of 40 images cannot be read'):
+        return gallery.embed_images(films/'body0.safetensors', films/'x', films/'out', chunk=10, workers=0, progress=False)
+
+
+def again(films, body='body0', out='out', **kw):
+    return gallery.embed_images(films/f'{body}.safetensors', films/'out-cache', films/out, **{'chunk': 10, 'progress': False, **kw})
+
+
+def test_features_of_a_folder_skip_and_list_bad_files(films, done):
+    feats, cache, new = done
+    assert feats.shape == (38, 512) and new == 4
+    (bad, rows), held = (pd.read_csv(films/'out'/f'{n}.csv') for n in ('bad', 'rows')), np.load(films/'out/features.npz')
+    assert len(bad) == 2 and bad.reason.notna().all() and len(rows) == 38 and not set(bad.path) & set(rows.path)
+    assert np.array_equal(held['feats'], feats.numpy())
+    body = load_backbone(films/'body0.safetensors')
+    want = extract_features(body, torch.from_numpy(cache.images[:])[:, None], prepare=Prepare(channels=1))
+    assert torch.allclose(feats, want, atol=1e-4)
+
+
+def test_finished_chunks_are_not_computed_again(films, done, monkeypatch):
+    calls = []
+    compute = gallery.extract_features
+    monkeypatch.setattr(gallery, 'extract_features', lambda *a, **k: calls.append(len(a[1])) or compute(*a, **k))
+    assert torch.equal(again(films)[0], done[0]) and not calls
+
+
+def test_stopped_damaged_and_stale_chunks(films, done, monkeypatch):
+    "A run stopped in its third chunk goes on there; a truncated file is computed again; other weights compute all, other pixels only theirs"
+    compute, n = gallery.extract_features, []
+    def stop(*a, **k):
+        if len(n) == 2: raise KeyboardInterrupt
+        n.append(1)
+        return compute(*a, **k)
+    monkeypatch.setattr(gallery, 'extract_features', stop)
+    with pytest.raises(KeyboardInterrupt): again(films, out='cut')
+    monkeypatch.setattr(gallery, 'extract_features', compute)
+    assert not (films/'cut/features.npz').exists()
+    feats, _, new = again(films, out='cut')
+    assert new == 2 and torch.equal(feats, done[0])
+    hurt = sorted((films/'cut/chunks').iterdir())[0]
+    hurt.write_bytes(hurt.read_bytes()[:-9])
+    assert again(films, out='cut')[2] == 1
+    assert again(films, 'body1', 'cut')[2] == 4 and len(list((films/'cut/chunks').iterdir())) == 4
+
+
+def test_embed_refuses_what_it_cannot_use(films, done, tmp_path):
+    with pytest.raises(DataError, match='neither a folder nor'): gallery.embed_images(films/'body0.safetensors', films/'none', tmp_path/'o')
+    with pytest.raises(DataError, match='build it with --size 64'): again(films, size=64)
+    with pytest.raises(DataError, match='size and chunk'): again(films, chunk=0)
+    with pytest.raises(DataError, match='is a cache'): again(films, where='view=PA')
+    with pytest.raises(WeightsError, match='architecture'): again(films, out='o', arch='resnet34')
+    with pytest.raises(SystemExit, match='^c2l_embed: .*none.safetensors'): gallery.main(str(films/'none.safetensors'), str(films/'x'), out=str(tmp_path/'o'))
+    torch.save(dict(a=nn.Linear(2, 2)), tmp_path/'pickle.pt')
+    with pytest.raises(SystemExit, match='pickle'): gallery.main(str(tmp_path/'pickle.pt'), str(films/'out-cache'), out=str(tmp_path/'o'))
+    with pytest.raises(SystemExit, match='k must be'): gallery.main(str(films/'body0.safetensors'), str(films/'out-cache'), out=str(tmp_path/'o'), k=0)
+
+
+def test_command_writes_neighbours_and_a_report(films, done, monkeypatch, capsys):
+    monkeypatch.setattr(gallery, 'umap_coords', lambda f, **k: f[:, :2].numpy())
+    gallery.main(str(films/'body0.safetensors'), str(films/'out-cache'), out=str(films/'out'), k=2, chunk=10, others=False)
+    assert '512 features of 38 images, 0 chunks computed now; 2 files could not be read' in capsys.readouterr().out
+    table = pd.read_csv(films/'out/neighbours.csv')
+    assert len(table) == 76 and (table.path != table.neighbour_path).all() and table.groupby('image')['rank'].apply(list).map(lambda r: r == [1, 2]).all()
+    html = (films/'out/report.html').read_text()
+    assert str(films) not in html and html.count('<circle') == 38 and not re.search(r'src="http|href=|//[a-z]+\.', html)
+    gallery.main(str(films/'body0.safetensors'), str(films/'out-cache'), out=str(films/'out'), chunk=10, most=0)
+    assert '<circle' not in (films/'out/report.html').read_text()
+    args = vars(anno_parser(gallery.main, 'c2l_embed').parse_args(['B.safetensors', 'films', '--others', '--k', '3']))
+    assert (args['backbone'], args['images'], args['others'], args['k'], args['out']) == ('B.safetensors', 'films', True, 3, 'c2l_features')
+
+
+def test_nearest_equals_a_loop():
+    f = torch.randn(40, 6, generator=gen())
+    who = [f'p{i//4}' for i in range(40)]
+    at, cos = gallery.nearest(f, 5, groups=who, bs=7)
+    u = F.normalize(f)
+    for i in range(40):
+        s = [(-(u[i]@u[j]).item(), j) for j in range(40) if who[i] != who[j]]
+        assert at[i].tolist() == [j for _, j in sorted(s)[:5]] and cos[i, 0] == pytest.approx(-min(s)[0], abs=1e-6)
+    assert (gallery.nearest(f[:4], 9, groups=['a']*4)[0] == -1).all() and gallery.nearest(f[:3], 9)[0].shape == (3, 3)
+
+
+def test_scatter_is_one_safe_piece():
+    images = (torch.rand(7, 20, 20, generator=gen())*255).byte().numpy()
+    html = gallery.scatter_html(np.random.default_rng(0).random((7, 2)), images, {'a"<b': ['</script>']*7, 'n': np.array([1., np.nan, 3, 4, 5, 6, 7])}, side=8)
+    data = json.loads(re.search(r'const d = (\{.*\}), box', html)[1])
+    assert html.count('</script>') == 1 and data['text'][1].startswith('a"<b: </script>') and len(data['colours']['n'][0]) == 7
+    assert data['colours']['n'][0][1] == '#bbb' and len(html) < 20_000
+    with pytest.raises(ValueError, match='^n does not have 7'): gallery.scatter_html(np.zeros((7, 2)), images, {'n': [1]})
+
+
+def test_twelve_labels_look_different():
+    ax = plot_embedding(np.random.default_rng(0).random((24, 2)), [f'l{i%12}' for i in range(24)])
+    looks = {(tuple(c.get_facecolor()[0][:3]), c.get_paths()[0].vertices.tobytes()) for c in ax.collections}
+    assert len(looks) == 12 == len(ax.get_legend().get_texts())
+
+
+def test_decode_holds_patients_apart_and_r2_is_scikit_learns():
+    who = torch.arange(60).repeat_interleave(3)
+    secret = torch.randn(60, generator=gen())[who]
+    identity = torch.randn(60, 30, generator=gen(1))[who] + .1*torch.randn(180, 30, generator=gen(2))
+    y = torch.stack([secret, identity[:, 0] + .1*torch.randn(180, generator=gen(3))], 1)
+    p = explain.decode(identity, y, who)
+    assert explain.r2(y[:, 0], p[:, 0]) < .05 and explain.r2(y[:, 1], p[:, 1]) > .9              # a number of a patient cannot be read from who they are
+    assert explain.r2(y[:, 1], p[:, 1]).item() == pytest.approx(r2_score(y[:, 1], p[:, 1]), abs=1e-6)
+    counts, patient = patient_counts(who.numpy(), 180, 20)
+    twice = explain.r2(y[:, 1], p[:, 1], counts, patient)
+    at = torch.repeat_interleave(torch.arange(180), counts[3].long()[patient])
+    assert twice.shape == (20,) and twice[3].item() == pytest.approx(r2_score(y[at, 1], p[at, 1]), abs=1e-6)
+    with pytest.raises(ValueError, match='^feats'): explain.decode(identity*math.nan, y)
+
+
+def test_grad_cam_is_the_class_activation_map_and_leaves_no_trace(x):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).train()
+    state = {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.no_grad(): cam = explain.grad_cam(net, x.clone(), 2, net[2])
+    assert net.training and all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and all(p.grad is None for p in net.parameters())
+    net.eval()
+    with torch.no_grad(): want = (net[5].weight[2][:, None, None]*net[:3](x)).sum(1).relu()/144
+    assert torch.allclose(cam, want, atol=1e-6)
+    hit = explain.box_scores(torch.ones(1, 8, 8), [(0, 0, 4, 4)])[0].tolist()
+    assert hit == [.25, .25, .25]

@@ -250,7 +250,7 @@ class StopAfter(Callback):
 def run(folder, config, *cbs, norm, again=False, n=3):
     learn = learner(config, *cbs, norm=norm)
     mark = run_mark('pool', learn)
-    learn.add_cb(C2LCheckpoint(folder, fingerprint=mark))
+    learn.add_cb(C2LCheckpoint(folder, fingerprint=mark, steps=1))
     start = resume(learn, folder) if again else 0
     dist.barrier()                                         # all have read before anybody writes
     with warnings.catch_warnings():

@@ -18,7 +18,7 @@ setup(
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Medical Science Apps.'],
     packages=find_packages(include=['c2l_nb', 'c2l_nb.*']), python_requires=f">={cfg['min_python']}",
     install_requires=split(cfg['requirements']),
-    extras_require={name: split(cfg[f'{name}_requirements']) for name in ('detect', 'dist', 'timm', 'dev')},
+    extras_require={name: split(cfg[f'{name}_requirements']) for name in ('detect', 'dist', 'timm', 'imagenet', 'dev')},
     entry_points={'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],
                   'console_scripts': split(cfg['console_scripts'])},
     zip_safe=False)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['C2LConfig', 'config_diff', 'C2L']
 
-# %% ../nbs/16_model.ipynb #59c6406a
+# %% ../nbs/16_model.ipynb #d8e71ae2
 import dataclasses, math
 from dataclasses import dataclass, fields
 import pandas as pd, torch
@@ -18,7 +18,7 @@ from .teacher import EMATeacher
 from .feature_queue import FeatureQueue
 from .loss import c2l_loss
 
-# %% ../nbs/16_model.ipynb #1a3af920
+# %% ../nbs/16_model.ipynb #fb4af7b9
 @dataclass(frozen=True)
 class C2LConfig:
     "Every choice of a C2L run; the defaults are the paper's."
@@ -36,6 +36,7 @@ class C2LConfig:
     lam_max:bool = False               # max(lam, 1-lam)? released code: yes, the paper: not mentioned
     lam_per:str = 'batch'              # one lam for the 'batch' (paper) or for each 'sample'
     share_mix:bool = True              # same lam and shuffle for both views (paper); False: ordinary mixup (Table 1)
+    mix_views:bool = False             # mixup as an augmentation: mixed views in place of the plain ones (notebook 32a)
     feat_mix:str = 'raw'               # mix the teacher's 'raw' vectors (released code) or 'unit' ones
     teacher_bn:str = 'train'           # teacher's BatchNorm: batch statistics ('train', released code) or running ('eval')
     ema_buffers:bool = False           # average BatchNorm statistics into the teacher? released code: no
@@ -68,6 +69,7 @@ class C2LConfig:
             if getattr(self, name) not in values: raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
         if not set(self.enqueue) <= {'A', 'M', 'mix'}: raise ValueError(f"enqueue takes 'A', 'M' and 'mix', got {self.enqueue}")
         if not self.temperature > 0: raise ValueError(f"temperature must be above 0, got {self.temperature}")
+        if self.mix_views and self.mixes: raise ValueError("mix_views is for loss_A alone: loss_weights=(1,0,0)")
 
     def replace(self, **changes):
         "A copy with `changes`; ValueError for a field that does not exist"
@@ -78,7 +80,7 @@ class C2LConfig:
     @property
     def mixes(self): return any(self.loss_weights[1:])  # are mixed images needed at all?
 
-# %% ../nbs/16_model.ipynb #6fabba08
+# %% ../nbs/16_model.ipynb #2cb5870b
 def _paper(cls, **changes): return cls().replace(**changes)
 
 def _official(cls, **changes):
@@ -97,11 +99,11 @@ def _small(cls, n_images, n_steps, **changes):
 for f, doc in ((_paper, "As in the paper, with the released code's value where the paper is silent"),
                (_official, "The released code, run with `--softmax`"),
                (_moco, "loss_A alone: MoCo, at half the cost of a step"),
-               (_small, "For a pool of `n_images` < 100,000 trained for `n_steps`; starting values, chosen by short trials, not by a finished search")):
+               (_small, "For a pool of `n_images` < 100,000 trained for `n_steps`; chosen by short trials on a few thousand radiographs; notebook 40 has what they gave")):
     f.__doc__ = doc
     setattr(C2LConfig, f.__name__[1:], classmethod(f))
 
-# %% ../nbs/16_model.ipynb #6c07286c
+# %% ../nbs/16_model.ipynb #1c22c9bb
 def config_diff(
     a:C2LConfig, # for instance `C2LConfig.paper()`
     b:C2LConfig, # for instance `C2LConfig.official()`
@@ -110,7 +112,7 @@ def config_diff(
     rows = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a)}
     return pd.DataFrame({k: v for k, v in rows.items() if v[0] != v[1]}, index=['a', 'b']).T
 
-# %% ../nbs/16_model.ipynb #da9a333e
+# %% ../nbs/16_model.ipynb #6b1b9860
 class C2L(nn.Module):
     "Student, teacher and queue around `backbone`, which is trained in place."
     distributed = False                                      # one of several processes? Then notebook 25 has a subclass
@@ -152,7 +154,9 @@ class C2L(nn.Module):
         "Everything that is random about a batch: two views of `x`, `lam`, `perm` (twice where mixing is not shared)"
         g = self.draws()
         two = self.view(x, augment, g), self.view(x, augment, g)
-        return *two, *self.mix(len(x), g), *(() if self.config.share_mix else self.mix(len(x), g))
+        mix = *self.mix(len(x), g), *(() if self.config.share_mix else self.mix(len(x), g))
+        if self.config.mix_views: two = mixup(two[0], *mix[:2]), mixup(two[1], *mix[-2:])
+        return *two, *mix
 
     def loss(self, q, q_mix, k, k_mix, k_feat):
         "The loss of C2L against the queue"

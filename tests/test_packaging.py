@@ -17,6 +17,9 @@ PUBLIC = dict(                                                # what users and l
     metrics='auroc_table paired_difference score_table average_precision one_vs_rest power_note', embed='extract_features knn_predict linear_probe plot_umap',
     health='HealthCallback OnlineProbe CollapseGuard', checkpoint='C2LCheckpoint', weights='export_backbone load_backbone',
     boxes='map_table coco_ap check_boxes read_boxes', detect='detect Detector',
+    baselines='pretrain_genesis imagenet_lite0', ablations='PAPER ablation slips', tables='run_table commands main',
+    store='write_atomically save_checkpoint load_checkpoint', gallery='embed_images main', explain='decode grad_cam',
+    targets='make_targets check_split draw_fraction', classifier='Classifier RECIPE', compare='compare report_run', finetune='finetune main',
     pretrain='pretrain main')
 LATER = set()
 

@@ -1,0 +1,143 @@
+"`c2l_table`: the paper's numbers, each column's config, sharing, skipping, resuming, rendering."
+import shlex
+import numpy as np, pandas as pd, pytest, torch
+import c2l_nb.tables as module
+from c2l_nb.ablations import ABLATIONS, PAPER, QUEUES, ablation, slips
+from c2l_nb.metrics import auroc_table, paired_difference
+from c2l_nb.model import C2L, C2LConfig
+from c2l_nb.phantom import phantom_batch
+from c2l_nb.pretrain import _number, choose_config
+from c2l_nb.tables import Start, columns, commands, gpu_hours, make, plan, read_pool, render, run_table, text
+
+pytestmark = pytest.mark.filterwarnings('ignore:the queue of', 'ignore:Your generator is empty', 'ignore:.*jit.script', 'ignore:no positive or no negative', 'ignore:no image is labelled')
+TINY = dict(size=24, n_phantoms=320, epochs=1, batch=32, untrained=1)
+
+@pytest.fixture(scope='module')
+def pool(): return read_pool('phantoms', TINY['size'], TINY['n_phantoms'])
+
+def test_printed_numbers():
+    assert {k: t.shape for k, t in PAPER.items()} == {'1': (15, 5), '2': (1, 9), '3': (15, 8), '4': (6, 8), '5': (7, 4)}
+    assert PAPER['1'].loc['Nodule', 'ImageNet'] == 82.2 and PAPER['4'].loc['Edema', 'DenseNet-121 MoCo'] == 91.4
+    assert PAPER['2'].T.Average.max() == PAPER['1'].loc['Average'].max() == 76.3
+
+def test_slips_are_the_known_ones():
+    s = slips().set_index(['table', 'column'])
+    assert set(s.index) == {('1', 'ImageNet'), ('3', 'DenseNet-121 ImageNet'), ('4', 'DenseNet-121 MoCo')}
+    assert s.loc[('1', 'ImageNet')].recomputed == pytest.approx(74.457, abs=1e-3) and s.loc[('4', 'DenseNet-121 MoCo')].recomputed == pytest.approx(87.54)
+
+def test_every_row_of_the_ablations():
+    paper = C2LConfig.paper()
+    assert ablation('1', 'Bat. + Feat. Mix. + loss_M') == ablation('2', '+ cutout, mixup') == ablation('theta', 'θ 0.999') == paper
+    assert ablation('1', 'No mixup') == ablation('2', '+ cutout') == C2LConfig.moco()
+    assert ablation('1', 'Bat. Mix. + loss_M').loss_weights == (1., 1., 0.) and ablation('1', 'Bat. Mix. + loss_M').enqueue == ('A', 'M')
+    assert [ablation('2', q).queue_size for q in QUEUES] == [2**11, 2**13, 2**17, 2**15]
+    assert all(ablation('2', q).rotation == 0 and ablation('2', q).cutout[0] == 0 for q in QUEUES) and ablation('2', '+ jigsaw').jigsaw == 4
+    assert 224 % ablation('2', '+ jigsaw').jigsaw == 0 and [ablation('theta', r).momentum for r in ABLATIONS['theta']] == [0, .9, .99, .999, .9999]
+    with pytest.raises(ValueError, match='Bat. Mix.'): ablation('1', 'Nothing')
+
+@pytest.mark.parametrize('row, shared', [('Mix.', False), ('Bat. Mix.', True)])
+def test_mixed_views_take_the_place_of_plain_ones(row, shared):
+    x, _ = phantom_batch(list(range(8)), [0]*8, size=24)
+    body = lambda: torch.nn.Sequential(torch.nn.Conv2d(1, 4, 3, 2), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    make_model = lambda c: C2L(body(), c.replace(queue_size=16, share_mix=c.share_mix))
+    plain = make_model(C2LConfig.moco(share_mix=shared)); mixed = make_model(ablation('1', row))
+    (a, b, *mix), (am, bm, *_) = (m.views(x, m.augmentation(24)) for m in (plain, mixed))
+    lam, perm, lam2, perm2 = mix if not shared else mix*2
+    assert torch.allclose(am, lam*a + (1 - lam)*a[perm], atol=1e-6) and torch.allclose(bm, lam2*b + (1 - lam2)*b[perm2], atol=1e-6)
+    q, q_mix, k, k_mix, k_feat = mixed(am, bm, *mix)
+    assert len(q) == len(k) == 8 and not len(q_mix) and not len(k_feat)           # one term, a MoCo step's cost
+    with pytest.raises(ValueError, match='loss_A alone'): C2LConfig(mix_views=True)
+
+def test_equal_pretrainings_have_one_name():
+    key = lambda t, c, seed=0, mark='m': columns(t, seed=seed)[c].key(mark)
+    assert key('1', 'Bat. + Feat. Mix. + loss_M') == key('2', '+ cutout, mixup') == key('3', 'ResNet-18 C2L') == key('5', 'ResNet-18 C2L') == key('theta', 'θ 0.999')
+    assert len({key('3', 'ResNet-18 C2L'), key('3', 'DenseNet-121 C2L'), key('3', 'ResNet-18 C2L', 1), key('3', 'ResNet-18 C2L', 0, 'n'), key('3', 'ResNet-18 MG')}) == 5
+    assert key('1', 'ImageNet', 0) == key('1', 'ImageNet', 1, 'n')
+    for t in PAPER: assert set(PAPER[t]) <= set(columns(t))
+
+def test_rendered_numbers_are_those_of_the_metrics():
+    g = np.random.default_rng(0)
+    y = pd.DataFrame((g.random((150, 3)) < .4).astype(float), columns=list('abc')); groups = np.arange(150)//3
+    a, b = (y.values + s*g.normal(size=(150, 3)) for s in (1., 2.))
+    t = render('1', {'No mixup': [a], 'Mix.': [b]}, y, groups).set_index('column')
+    one, gap = auroc_table(y, b, groups).iloc[-1], paired_difference(y, b, a, groups).iloc[-1]
+    assert t.loc['Mix.', ['ours', 'low', 'high']].tolist() == [round(100*v, 1) for v in (one.auroc, one.low, one.high)]
+    assert t.loc['Mix.', ['gap', 'gap_low', 'gap_high']].tolist() == [round(100*v, 1) for v in (gap.difference, gap.low, gap.high)]
+    assert t.loc['Mix.', 'paper'] == 74.7 and pd.isna(t.loc['No mixup', 'paper']) and '74.7' in text(t.reset_index())
+
+@pytest.fixture(scope='module')
+def table(tmp_path_factory):
+    "Two columns, the second killed within its first epoch, and the table asked for again"
+    out = tmp_path_factory.mktemp('grid')
+    take = ['No mixup', 'Bat. Mix.']
+    with pytest.MonkeyPatch.context() as mp:
+        whole = C2L.views
+        def failing(self, x, augment):
+            if self.config.mix_views and self.seen == 3: raise KeyboardInterrupt
+            return whole(self, x, augment)
+        mp.setattr(C2L, 'views', failing)
+        with pytest.raises(KeyboardInterrupt): run_table('1', out=out, take=take, **TINY)
+    before = {p.parent.name: p.stat().st_mtime_ns for p in out.glob('pretrained/*/backbone.safetensors')}
+    return out, before, run_table('1', out=out, take=take, **TINY)
+
+def test_what_is_done_is_skipped_and_the_rest_made(table):
+    out, before, done = table
+    assert len(before) == 1 and all((out/'pretrained'/n/'backbone.safetensors').stat().st_mtime_ns == t for n, t in before.items())
+    assert len(list(out.glob('pretrained/*/backbone.safetensors'))) == 2
+    t, = done.values()
+    assert t[t.score == 'probe'].column.tolist() == ['No mixup', 'Bat. Mix.'] and t.ours.between(0, 100).all() and (t.low <= t.ours).all()
+    md = next(out.glob('table1-smoke-*.md')).read_text()
+    assert '75.3' in md and str(out) not in md and 'P0000' not in md
+
+def test_another_call_computes_nothing(table, monkeypatch, capsys):
+    out, _, done = table
+    for name in ('_train', 'pretrain_genesis', 'extract_features'): monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('computed again'))
+    again = run_table('1', out=out, take=['No mixup', 'Bat. Mix.'], **TINY)
+    assert all(again[k].equals(done[k]) for k in done) and '0 pretrainings to make' in capsys.readouterr().out
+
+def test_interrupted_equals_uninterrupted(table, pool, tmp_path):
+    start = plan('1', pool, 1, 32, 1, 1, ['Bat. Mix.'])['Bat. Mix.'][0]
+    run = make(start, tmp_path, pool)
+    load = lambda p: module.load_backbone(p/'backbone.safetensors', say=None).state_dict()
+    a, b = load(run), load(table[0]/'pretrained'/run.name)
+    assert all(torch.equal(u, v) for u, v in zip(a.values(), b.values()))
+
+def test_a_run_that_collapses_is_a_result(tmp_path, pool):
+    start = columns('theta', C2LConfig.small(60, 3, batch_size=16, epochs=1, size=24, lr=float('nan')))['θ 0.0']
+    run = make(start, tmp_path, pool)
+    assert 'loss is nan' in (run/'collapse.txt').read_text()
+
+def test_paper_commands_give_the_configs():
+    "What the printed command says is, parsed, the column's config"
+    for t in ('1', '2', '3', 'theta'):
+        starts = [s for s in columns(t).values() if s.method == 'c2l']
+        lines = [l for l in commands(t) if l.startswith('c2l_pretrain')]
+        assert len(starts) == len(lines)
+        for s, line in zip(starts, lines):
+            args = shlex.split(line, comments=True)
+            pairs = (args[args.index('--set') + 1].split() if '--set' in args else [])
+            config = choose_config('paper', 10**6, None, None, **{k: _number(v) for k, v in (p.split('=') for p in pairs)})
+            assert config == s.config and args[args.index('--arch') + 1] == s.arch
+    assert sum('c2l_detect' in l for l in commands('5')) == 5 and gpu_hours('resnet18', 10**6, 240) > gpu_hours('resnet18', 10**6, 240, 4)
+
+@pytest.mark.parametrize('args, said', [(('6',), 'one of 1, 2'), (('5',), 'scored by detection'), (('1', 'small'), 'set C2L_RADIOGRAPHS')])
+def test_mistakes_are_named(args, said, tmp_path, monkeypatch):
+    monkeypatch.delenv('C2L_RADIOGRAPHS', raising=False)
+    with pytest.raises(ValueError, match=said): run_table(*args, out=tmp_path, n_phantoms=60)
+
+def test_unknown_columns_are_named(tmp_path):
+    with pytest.raises(ValueError, match='No mixup'): run_table('1', out=tmp_path, take=['Mixup'], **TINY)
+
+@pytest.mark.slow
+def test_side_by_side(tmp_path):
+    "Two processes make two pretrainings; the table is that of one process"
+    args = dict(take=['No mixup', 'Bat. Mix.'], **TINY)
+    a, b = run_table('1', out=tmp_path/'one', **args), run_table('1', out=tmp_path/'two', jobs=2, **args)
+    assert all(a[k].equals(b[k]) for k in a)
+
+@pytest.mark.slow
+def test_scores_along_a_run(tmp_path, pool, monkeypatch):
+    monkeypatch.setattr(module, 'linear_probe', lambda f, y, g, groups: (module.knn_predict(f, y, g, k=50),))       # quicker
+    start = Start('c2l', 'resnet18', 0, C2LConfig.moco(queue_size=64, batch_size=96, epochs=10, size=24))
+    t = module.along(make(start, tmp_path, pool), pool)
+    assert t.epoch.tolist() == [0, 2, 4, 6, 8, 10] and t.probe.between(0, 1).all() and t.knn.between(0, 1).all()

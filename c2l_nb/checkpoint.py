@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['learner_state', 'C2LCheckpoint', 'resume']
 
-# %% ../nbs/24_checkpoint.ipynb #e098730f
+# %% ../nbs/24_checkpoint.ipynb #a3645d9d
 import csv, io, platform, random, time, warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, is_dataclass
@@ -18,7 +18,7 @@ from torch import Tensor
 from . import __version__
 from .store import CheckpointError, checkpoints, load_checkpoint, save_checkpoint, write_atomically
 
-# %% ../nbs/24_checkpoint.ipynb #8622bb37
+# %% ../nbs/24_checkpoint.ipynb #9e1e93b1
 def _get_random(r): version, ints, gauss = r.getstate(); return [version, torch.tensor(ints), gauss]
 def _set_random(r, state): r.setstate((state[0], tuple(state[1].tolist()), state[2]))
 
@@ -37,7 +37,7 @@ def _set_rng(dl, state):
     _set_random(random, state['python'])
     _set_random(getattr(dl, 'rng', random), state['loader'])
 
-# %% ../nbs/24_checkpoint.ipynb #3c6e1ae2
+# %% ../nbs/24_checkpoint.ipynb #bf1556d1
 def _meters(r): return [r.smooth_loss, *(r.learn.metrics if r.train_metrics else ())]     # what sums up while an epoch runs
 def _numbers(m): return {k: v for k, v in vars(m).items() if isinstance(v, (int, float, Tensor, list, L))}
 
@@ -51,7 +51,7 @@ def _set_recorder(r, state):
     r.values = [L(v) for v in state['values']]
     for m, sums in zip(_meters(r), state['sums']): vars(m).update(sums)
 
-# %% ../nbs/24_checkpoint.ipynb #18663bd6
+# %% ../nbs/24_checkpoint.ipynb #d41b91d0
 def _flatten(tree, tensors, name=''):
     "`tree` for JSON; its tensors go to the dict `tensors`, and {'tensor': name} stands where each was"
     if isinstance(tree, Tensor):
@@ -68,7 +68,7 @@ def _unflatten(tree, tensors):
     if not isinstance(tree, dict): return tree
     return tensors[tree['tensor']] if tree.keys() == {'tensor'} else {k: _unflatten(v, tensors) for k, v in tree.items()}
 
-# %% ../nbs/24_checkpoint.ipynb #8f87422f
+# %% ../nbs/24_checkpoint.ipynb #aaf61be8
 def _remembered(cb):
     "What a callback's class names in `checkpointed`, and what `HealthCallback` has gathered in this epoch"
     names = getattr(type(cb), 'checkpointed', ())
@@ -89,7 +89,7 @@ def learner_state(
     state = _flatten(dict(model=get_model(learn.model).state_dict(), opt=learn.opt.state_dict(), loop=loop), tensors)
     return tensors, dict(step=learn.train_iter, epoch=epoch, iter=done, state=state)
 
-# %% ../nbs/24_checkpoint.ipynb #70c0c504
+# %% ../nbs/24_checkpoint.ipynb #0a8912ca
 def _set_loop(learn, loop):
     "All but model and optimiser"
     learn.train_iter, learn.pct_train = loop['train_iter'], loop['pct_train']*(loop['n_epoch']/learn.n_epoch)
@@ -99,7 +99,7 @@ def _set_loop(learn, loop):
         for a, value in loop['callbacks'].get(cb.name, {}).items(): setattr(cb, a, to_device(value, next(learn.model.parameters()).device))
     _set_rng(learn.dls.train, loop['rng'])
 
-# %% ../nbs/24_checkpoint.ipynb #3fedd63a
+# %% ../nbs/24_checkpoint.ipynb #9223b74c
 class C2LCheckpoint(Callback):
     "Save what the next batch depends on, now and then and at each epoch's end, and keep `log.csv`. OSError if the disk fails"
     order, name, run_valid = 90, 'checkpoint', False   # after all that changes in a batch, or at an epoch's end
@@ -125,7 +125,7 @@ class C2LCheckpoint(Callback):
             f"{self.folder} holds an earlier run's checkpoints: resume(learn, folder) goes on with it; else take another folder")
         self.order_rng = _get_rng(self.dls.train)
 
-# %% ../nbs/24_checkpoint.ipynb #c06cec77
+# %% ../nbs/24_checkpoint.ipynb #17882b52
 @patch
 def before_batch(self:C2LCheckpoint): self.stepped = False
 @patch
@@ -138,7 +138,7 @@ def after_batch(self:C2LCheckpoint):
     often = self.steps and self.train_iter - self.at >= self.steps
     if self.late or often or time.monotonic() - self.clock >= 60*self.minutes: self._save(self.epoch, self.iter + 1)
 
-# %% ../nbs/24_checkpoint.ipynb #16a2b667
+# %% ../nbs/24_checkpoint.ipynb #d517424f
 @patch
 def _save(self:C2LCheckpoint, epoch, done):
     "Copy the state now, write it in a thread; OSError if the write before has failed"
@@ -160,7 +160,7 @@ def _wait(self:C2LCheckpoint):
 @patch
 def after_fit(self:C2LCheckpoint): self._wait()
 
-# %% ../nbs/24_checkpoint.ipynb #1b95b279
+# %% ../nbs/24_checkpoint.ipynb #a30cb287
 @patch
 def after_epoch(self:C2LCheckpoint):
     "A row, and a checkpoint if no gradient waits for its step; or wake the others after epochs that were skipped"
@@ -179,7 +179,7 @@ def _write_log(self:C2LCheckpoint):
     csv.writer(f, lineterminator='\n').writerows([self.recorder.metric_names, *self.rows])
     write_atomically(self.folder/'log.csv', f.getvalue().encode())
 
-# %% ../nbs/24_checkpoint.ipynb #0ac4dddf
+# %% ../nbs/24_checkpoint.ipynb #131be041
 def _plain(x): return json.loads(json.dumps(asdict(x) if is_dataclass(x) else x))    # as it comes back from JSON
 
 def _made_with():
@@ -197,7 +197,7 @@ def about(self:C2LCheckpoint):
                 arch={k: list(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)},
                 optimiser=f"{type(getattr(opt, 'opt', opt)).__name__} of {[len(p) for p in opt.param_lists]} tensors")
 
-# %% ../nbs/24_checkpoint.ipynb #0523d2bb
+# %% ../nbs/24_checkpoint.ipynb #31b82a66
 @patch
 def before_fit(self:C2LCheckpoint):
     "After `resume`: prepare to go on within an epoch, and keep the others quiet in epochs that are skipped"
@@ -213,7 +213,7 @@ def before_fit(self:C2LCheckpoint):
         if cbs.index(cb) > cbs.index(self): cb('before_fit')           # its turn has not come yet, and will not
         cb.run = False
 
-# %% ../nbs/24_checkpoint.ipynb #e8a3ecfa
+# %% ../nbs/24_checkpoint.ipynb #2fd51448
 @patch
 def _wake(self:C2LCheckpoint):
     "The last skipped epoch is over"
@@ -233,7 +233,7 @@ def _go_on(self:C2LCheckpoint):
     for row in self.rows: self.logger(row)
     self._write_log()
 
-# %% ../nbs/24_checkpoint.ipynb #1f448ae3
+# %% ../nbs/24_checkpoint.ipynb #e7dec216
 @patch
 def _rest(self:C2LCheckpoint):
     "fastai's `all_batches`, once: those of this epoch that were not done"
@@ -251,7 +251,7 @@ def _rest(self:C2LCheckpoint):
         if i >= start: learn.one_batch(i, b)
     if first: dl.start = 0                       # also where another process drew the order
 
-# %% ../nbs/24_checkpoint.ipynb #e3002e3a
+# %% ../nbs/24_checkpoint.ipynb #a378330f
 def _differences(saved, here, name):
     "Sentences, one a field"
     if not (isinstance(saved, dict) and isinstance(here, dict)):
@@ -264,7 +264,7 @@ def _load_opt(opt, state, device):
     else: state['state'] = to_device(state['state'], device)
     opt.load_state_dict(state)
 
-# %% ../nbs/24_checkpoint.ipynb #2c279a24
+# %% ../nbs/24_checkpoint.ipynb #d42ac990
 def _prepare(learn):
     "An optimiser on the device, no gradient of a batch that was interrupted; a warning if the loader draws what nobody can repeat"
     learn.model.to(getattr(learn.dls, 'device', None) or default_device())
@@ -283,7 +283,7 @@ def _check(cb, meta):
     other = _differences(meta['made_with'], _made_with(), 'made_with')
     if other: warnings.warn(f"the run goes on, but perhaps not to the bit: {'; '.join(other)}")
 
-# %% ../nbs/24_checkpoint.ipynb #6f9c23cc
+# %% ../nbs/24_checkpoint.ipynb #7e45ccbd
 def _random_transforms(dl):
     "Names of fastai's random transforms in a loader"
     steps = [f for when in ('after_item', 'before_batch', 'after_batch') for f in getattr(getattr(dl, when, None), 'fs', [])]

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['info_nce', 'c2l_loss']
 
-# %% ../nbs/15_loss.ipynb #7217a707
+# %% ../nbs/15_loss.ipynb #85a1a2dc
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# %% ../nbs/15_loss.ipynb #7365da5d
+# %% ../nbs/15_loss.ipynb #682bb6bb
 class _QueueLogSumExp(torch.autograd.Function):
     "`log sum_i exp(q·feats_i/T)` a row; the gradient to `q` is summed in the same pass, none goes to `feats`."
     @staticmethod
     def forward(ctx, q, feats, temperature, chunk=2048):
         top, total, mean = q.new_full((len(q), 1), -torch.inf), q.new_zeros(len(q), 1), torch.zeros_like(q)
         for part in feats.split(chunk):
-            logits = (q @ part.T).div_(temperature)                           # N×chunk
+            logits = (q @ part.T).div_(temperature)                           # B×chunk
             new_top = torch.maximum(top, logits.amax(1, keepdim=True))
             weights, rescale = logits.sub_(new_top).exp_(), (top - new_top).exp()
             total, top = total*rescale + weights.sum(1, keepdim=True), new_top
@@ -30,7 +30,7 @@ class _QueueLogSumExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad): return grad[:, None]*ctx.saved_tensors[0], None, None, None
 
-# %% ../nbs/15_loss.ipynb #e5eefd55
+# %% ../nbs/15_loss.ipynb #66edbcf8
 def _unit(v): return F.normalize(v if v.dtype == torch.float64 else v.float(), dim=1)
 
 def _cross_entropy(q, k, neg, temperature):
@@ -48,7 +48,7 @@ def info_nce(
         q, k = _unit(q), _unit(k)
         return _cross_entropy(q, k, _QueueLogSumExp.apply(q, feats.to(q), temperature), temperature)
 
-# %% ../nbs/15_loss.ipynb #969ee2f7
+# %% ../nbs/15_loss.ipynb #7792caf8
 def c2l_loss(
     q:Tensor, # B×D, student on view 1
     q_mix:Tensor|None, # B×D, student on mixed view 1; None leaves loss_A alone

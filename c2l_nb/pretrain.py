@@ -6,7 +6,7 @@
 __all__ = ['load_data', 'probe_labels', 'probe_rows', 'Precision', 'Snapshots', 'choose_config', 'compare_probes', 'pretrain',
            'finish', 'main']
 
-# %% ../nbs/27_pretrain.ipynb #c017eff8
+# %% ../nbs/27_pretrain.ipynb #121684d0
 import dataclasses, json, platform, shlex, sys, tempfile, warnings
 from pathlib import Path
 import fastai, numpy as np, pandas as pd, torch, torchvision
@@ -32,7 +32,7 @@ from .distributed import distributed, rank0, run_mark, setup
 from .weights import export_backbone, load_backbone, read_card
 from .report import facts, picture, png_tag, table as html_table, write_report
 
-# %% ../nbs/27_pretrain.ipynb #802c09bf
+# %% ../nbs/27_pretrain.ipynb #d61b3818
 def load_data(
     data:str, # 'phantoms', a folder, an index CSV, or a cache of `c2l_cache`
     size:int, # side of the squares to keep, px
@@ -46,7 +46,8 @@ def load_data(
     path = Path(data).expanduser()
     if (path/'cache.json').is_file():
         cache = RadiographCache(path)
-        if cache.size < size: raise DataError(f"{data}: holds squares of {cache.size} px, these views ask for {size}: build it with --size {size}")
+        if cache.size < .8*size:
+            raise DataError(f"{data}: holds squares of {cache.size} px, too few for views of {.8*size:.0f}: build it with --size {size}")
         return cache.images, cache.rows, f'cache {cache.digest}'
     cache = build_cache(read_items(data, where), keep, size, progress=progress)
     return cache.images, cache.rows, fingerprint(cache.rows)
@@ -57,7 +58,7 @@ def _phantoms(n, size, progress):
     split = np.where(share < 3, 'train', np.where(share < 4, 'valid', 'test'))
     return images[:, 0].numpy(), rows.assign(split=split, source='phantoms'), f'phantoms {__version__} n={n} size={size}'
 
-# %% ../nbs/27_pretrain.ipynb #9de531f4
+# %% ../nbs/27_pretrain.ipynb #d9aa2722
 def probe_labels(
     rows:pd.DataFrame, # with `split` and `labels`
     least:int=5, # positives and negatives that a label must have in train and in valid
@@ -72,7 +73,7 @@ def probe_labels(
         ok &= (part.sum(0) >= least) & ((1 - part).sum(0) >= least)
     return [n for n, good in zip(names, ok) if good]
 
-# %% ../nbs/27_pretrain.ipynb #17e8696d
+# %% ../nbs/27_pretrain.ipynb #01b119b7
 def probe_rows(
     rows:pd.DataFrame, # with `split` and `labels`; '' means that nothing is known, 'No Finding' that nothing was found
     split:str, # train, valid or test
@@ -82,7 +83,7 @@ def probe_rows(
     at = np.flatnonzero((rows.split == split) & rows.labels.fillna('').ne(''))
     return np.sort(at[torch.randperm(len(at), generator=seeded(0)).numpy()[:most]])
 
-# %% ../nbs/27_pretrain.ipynb #56f39eda
+# %% ../nbs/27_pretrain.ipynb #3b08720f
 class Precision(MixedPrecision):
     "fastai's mixed precision, on the device of the model."
     def before_fit(self):
@@ -90,7 +91,7 @@ class Precision(MixedPrecision):
         self.autocast, self.scales = autocast(device, dtype=dtype), []
         self.learn.scaler = GradScaler(device, enabled=dtype == torch.float16)
 
-# %% ../nbs/27_pretrain.ipynb #cc76d78e
+# %% ../nbs/27_pretrain.ipynb #68a92fd3
 class Snapshots(Callback):
     "Keep the backbone every `every` epochs, the untrained one included, as `folder/epoch-0010.safetensors`."
     order = 80
@@ -110,7 +111,7 @@ class Snapshots(Callback):
     def after_train(self):
         if (self.epoch + 1) % self.every == 0: self._keep(self.epoch + 1)
 
-# %% ../nbs/27_pretrain.ipynb #a387b9f5
+# %% ../nbs/27_pretrain.ipynb #1f2915af
 def choose_config(
     config:str, # 'auto', 'paper', 'official', 'moco', 'small', 'small_moco', or the config.json of a run
     n_images:int, # in the pool
@@ -132,7 +133,7 @@ def choose_config(
         raise ValueError(f"config must be auto, paper, official, moco, small, small_moco or a config.json, got {config!r}")
     return C2LConfig().replace(**(json.loads(Path(config).read_text())['config'] | changes))
 
-# %% ../nbs/27_pretrain.ipynb #9a30400c
+# %% ../nbs/27_pretrain.ipynb #b4afd5e0
 def _curves(log):
     fig, axs = plt.subplots(1, 2, figsize=(7, 2.3), layout='constrained')
     for ax, col in zip(axs, ('train_loss', 'knn')):
@@ -148,7 +149,7 @@ def _report(out, about, log, probe):
         'Map of the features': png_tag((out/'embedding.png').read_bytes()), 'Settings': html_table(settings),
         'Data and versions': facts(about['data'] | about['versions'])})
 
-# %% ../nbs/27_pretrain.ipynb #b6caef9c
+# %% ../nbs/27_pretrain.ipynb #18c138ac
 def compare_probes(
     bodies:dict, # name -> `C2L` model or body that prepares its own pixels
     images:np.ndarray, # N×S×S uint8, at the views' size
@@ -166,7 +167,7 @@ def compare_probes(
     first, second = list(scores.values())[:2]
     return table, paired_difference(y[test], first, second, groups[test], labels), feats
 
-# %% ../nbs/27_pretrain.ipynb #99c8a0ca
+# %% ../nbs/27_pretrain.ipynb #010af119
 def _check(out, resume, arch, precision, save_every, **numbers):
     "Refuse what cannot work; returns the folder"
     out = Path(out)
@@ -192,7 +193,7 @@ def _about(config, arch, rows, mark, data, versions=(torch, torchvision, fastai,
 
 def _squares(images, at, size): return np.stack([to_square(images[i], size) for i in at])
 
-# %% ../nbs/27_pretrain.ipynb #c8240110
+# %% ../nbs/27_pretrain.ipynb #d4b39565
 def _probe_dls(images, rows, labels, size):
     "The labelled images of train and valid, for `OnlineProbe`"
     y, parts = label_matrix(rows, labels), [probe_rows(rows, split) for split in ('train', 'valid')]
@@ -211,14 +212,14 @@ def _learner(out, config, arch, images, rows, labels, mark, precision, save_ever
     learn.add_cb(C2LCheckpoint(out, shared, run_mark(mark, learn), minutes=save_every))
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #0a758b67
+# %% ../nbs/27_pretrain.ipynb #a3846532
 def _announce(about, config, labels):
     "What is about to be done"
     probe = f"probing {', '.join(labels)}" if labels else "no probe: no label has 5 images with and 5 without it in train and in valid"
     return (f"{about['data']['images']:,} images to train on, batch {config.batch_size}, queue {config.queue_size}, "
             f"momentum {config.momentum:.4g}, {config.epochs} epochs; {probe}")
 
-# %% ../nbs/27_pretrain.ipynb #de2ee12b
+# %% ../nbs/27_pretrain.ipynb #709c6e01
 def pretrain(
     data:str='phantoms', # 'phantoms', a folder of radiographs, or an index CSV (file, patient, split, labels)
     out:str='c2l_run', # folder for everything the run leaves; new, unless `resume`
@@ -259,14 +260,14 @@ def pretrain(
     if first: finish(learn, out, about, images, rows, labels)
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #5274fa60
+# %% ../nbs/27_pretrain.ipynb #6a29460d
 def _card(about):
     "What a backbone file says of itself"
     return {k: about[k] for k in ('arch', 'config', 'data', 'versions')} | dict(
         size=about['config']['size'], use="features of radiographs, for fine-tuning and research; not a medical device",
         limits="learned from the data named here only")
 
-# %% ../nbs/27_pretrain.ipynb #5dc5ad26
+# %% ../nbs/27_pretrain.ipynb #430584c8
 def _probe(learn, about, images, rows, labels, out):
     "HTML of the probe against a fresh network of the same seed; also printed, and kept as probe.csv"
     if not labels: return ''
@@ -282,7 +283,7 @@ def _probe(learn, about, images, rows, labels, out):
     return ('<p>Area under the ROC curve on the validation patients, with 95 % intervals that resample patients.</p>' + html_table(table) +
             '<p>C2L minus untrained, the same images:</p>' + html_table(difference.rename(columns=dict(auroc_a='C2L', auroc_b='untrained'))))
 
-# %% ../nbs/27_pretrain.ipynb #a1e9b33d
+# %% ../nbs/27_pretrain.ipynb #a3a3eedb
 def _map(learn, images, rows, out, most=1000):
     "embedding.png: images that were not trained on, or any if there are no others"
     rest = np.flatnonzero((rows.split != 'train').values) if (rows.split != 'train').any() else np.arange(len(rows))
@@ -292,7 +293,7 @@ def _map(learn, images, rows, out, most=1000):
     names = rows.iloc[pick].labels.fillna('').str.split('|').str[0] if 'labels' in rows else None
     plot_embedding(umap_coords(feats), names, ax=ax); fig.savefig(out/'embedding.png', dpi=80, bbox_inches='tight'); plt.close(fig)
 
-# %% ../nbs/27_pretrain.ipynb #3f076f70
+# %% ../nbs/27_pretrain.ipynb #de55db96
 def finish(
     learn:Learner, # after training
     out:Path, # run folder
@@ -307,7 +308,7 @@ def finish(
     _map(learn, images, rows, out)
     _report(out, about, pd.read_csv(out/'log.csv'), probe)
 
-# %% ../nbs/27_pretrain.ipynb #9d80b544
+# %% ../nbs/27_pretrain.ipynb #b645228e
 def _number(text):
     "A value of --set: number, comma-separated numbers, true or false, or text"
     if ',' in text: return tuple(_number(t) for t in text.split(',') if t)

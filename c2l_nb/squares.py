@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FITS', 'to_square', 'file_stamp', 'read_squares', 'judge', 'load_squares', 'take_rows', 'read_items']
 
-# %% ../nbs/02a_squares.ipynb #e2ab4a92
+# %% ../nbs/02a_squares.ipynb #ca56e25d
 import multiprocessing, os, signal, sys, threading, warnings
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -18,7 +18,7 @@ from PIL import Image
 from .radiograph import RadiographError, read_radiograph
 from .labels import DataError, folder, index_csv
 
-# %% ../nbs/02a_squares.ipynb #4bf0009d
+# %% ../nbs/02a_squares.ipynb #2a3049cf
 FITS = 'crop', 'letterbox'
 
 def to_square(
@@ -35,7 +35,7 @@ def to_square(
     left, top = (w - size)//2, (h - size)//2                      # never positive: beyond its edges an image is black
     return np.asarray(im.resize((w, h), **how).crop((left, top, left + size, top + size)))
 
-# %% ../nbs/02a_squares.ipynb #80b558fd
+# %% ../nbs/02a_squares.ipynb #efa39793
 def file_stamp(
     path:str|Path, # of a file, or of none
 ) -> tuple[int, int]: # bytes, time of the last change in ns; -1, -1 where there is no file
@@ -43,7 +43,7 @@ def file_stamp(
     try: s = os.stat(path); return s.st_size, s.st_mtime_ns
     except OSError: return -1, -1
 
-# %% ../nbs/02a_squares.ipynb #936f2f19
+# %% ../nbs/02a_squares.ipynb #938307b9
 def _read(task, size, fit):
     "For each (position, path): position, square or None, reason if there is none, stamp of the file before it was read"
     out = []
@@ -59,7 +59,7 @@ def _follow_parent():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
 
-# %% ../nbs/02a_squares.ipynb #b4ea4506
+# %% ../nbs/02a_squares.ipynb #96d767c8
 def _in_processes(tasks, size, fit, workers):
     "Results of `_read` as they come, at most two tasks a process under way; 0 workers: one after the other"
     if not workers: yield from (r for t in tasks for r in _read(t, size, fit)); return
@@ -74,7 +74,7 @@ def _in_processes(tasks, size, fit, workers):
     except BrokenProcessPool as e:
         raise RuntimeError("a process that read images was killed, mostly for want of memory: try again with fewer workers") from e
 
-# %% ../nbs/02a_squares.ipynb #496d18c0
+# %% ../nbs/02a_squares.ipynb #f8e0c12c
 def read_squares(
     paths:list, # of image files
     size:int, # side of the squares, px
@@ -87,7 +87,7 @@ def read_squares(
     found = _in_processes(tasks, size, fit, num_cpus() if workers is None else workers)
     return progress_bar(found, total=len(paths), display=progress, leave=False)
 
-# %% ../nbs/02a_squares.ipynb #ea2c7eab
+# %% ../nbs/02a_squares.ipynb #53d70be0
 def judge(
     bad:pd.DataFrame, # rows of bad images, with `reason`
     n:int, # all images
@@ -97,7 +97,7 @@ def judge(
     if len(bad) > n/2: raise DataError(say)
     if say: warnings.warn(f"left out: {say}")
 
-# %% ../nbs/02a_squares.ipynb #6ef40055
+# %% ../nbs/02a_squares.ipynb #e94d6efb
 def load_squares(
     items:pd.DataFrame, # one row an image, with `path`, from `folder` or `index_csv`
     size:int, # side of the squares, px
@@ -114,7 +114,7 @@ def load_squares(
     judge(bad, len(items))
     return images[good] if len(bad) else images, items[good].reset_index(drop=True), bad
 
-# %% ../nbs/02a_squares.ipynb #9216e40b
+# %% ../nbs/02a_squares.ipynb #2077a021
 def take_rows(
     table:pd.DataFrame, # any
     where:str, # 'column=value'; '' takes all
@@ -129,11 +129,13 @@ def take_rows(
     return rows
 
 def read_items(
-    data:str|Path, # a folder, or an index CSV
+    data:str|Path, # an index CSV, or a folder; an index.csv in it that names files is taken
     where:str='', # rows to take, see `take_rows`
 ) -> pd.DataFrame: # as `folder` and `index_csv` give it
     "The table of a folder or an index CSV; DataError if `data` is neither."
     path = Path(data).expanduser()
+    index = path/'index.csv'
+    if index.is_file() and 'file' in pd.read_csv(index, nrows=0): path = index
     if not (path.is_dir() or path.suffix.lower() == '.csv' and path.is_file()):
         raise DataError(f"{data}: is neither a folder nor an index CSV; check the path")
     return take_rows(folder(path) if path.is_dir() else index_csv(path), where, data)

@@ -9,7 +9,7 @@ __all__ = ['CHESTXRAY14', 'CHEXPERT14', 'CHEXPERT5', 'UNSURE', 'CHEXPERT_POLICY'
            'RadiographBlock', 'DataError', 'audit_leaks', 'checksum', 'fingerprint', 'folder', 'index_csv',
            'label_matrix', 'missing_files', 'shared_patients', 'split_patients', 'unlabelled']
 
-# %% ../nbs/02_datasets.ipynb #cf05f992
+# %% ../nbs/02_datasets.ipynb #3fd3f3a0
 import json, os, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -22,11 +22,11 @@ from .radiograph import read_radiograph
 from .labels import DataError, checksum, fingerprint, folder, index_csv, label_matrix, missing_files
 from .labels import shared_patients, split_patients, unlabelled, _drop_missing, _read_csv, _some
 
-# %% ../nbs/02_datasets.ipynb #c31e31f1
+# %% ../nbs/02_datasets.ipynb #7685c902
 _all_ = ['DataError', 'audit_leaks', 'checksum', 'fingerprint', 'folder', 'index_csv', 'label_matrix', 'missing_files',
          'shared_patients', 'split_patients', 'unlabelled']           # of 01a and 01b, so that one import is enough
 
-# %% ../nbs/02_datasets.ipynb #a3694abd
+# %% ../nbs/02_datasets.ipynb #707e4ff7
 def _root(root):
     root = Path(root).absolute()
     if not root.is_dir(): raise DataError(f'{root}: is no folder; check the path')
@@ -41,7 +41,7 @@ def _find(root, *names):
     raise DataError(f'{root}: holds no {" or ".join(names)} (there is: {_some(there, 8) or "nothing"}); '
                     'give the folder of the unpacked release')
 
-# %% ../nbs/02_datasets.ipynb #79392482
+# %% ../nbs/02_datasets.ipynb #150e6bfa
 def _must_know(csv, known, other, names):
     "`DataError` if some of `names`, which are from the file `other`, are not in `known`, which is from `csv`"
     lost = pd.unique(names[~names.isin(known)])
@@ -49,7 +49,7 @@ def _must_know(csv, known, other, names):
         raise DataError(f'{other}: {len(lost):,} of its images are not in {csv.name}: {_some(list(lost))}; '
                         'the two are of different releases, fetch both from the same place')
 
-# %% ../nbs/02_datasets.ipynb #077f78fa
+# %% ../nbs/02_datasets.ipynb #86ef134b
 _OUTSIDE = r'^[/\\]|^\w:|(?:^|[/\\])\.\.(?:[/\\]|$)'
 
 def _table(csv, root, name, patient, split, labels, source, below='', **more):
@@ -62,7 +62,7 @@ def _table(csv, root, name, patient, split, labels, source, below='', **more):
     df = pd.DataFrame(dict(path=path, patient=patient, split=split, labels=labels, source=source, name=name, **more))
     return df.reset_index(drop=True)
 
-# %% ../nbs/02_datasets.ipynb #f6d51c3e
+# %% ../nbs/02_datasets.ipynb #d393db23
 def _finish(df, root, check, valid=0.):
     "Set aside `valid` of the training patients (seed 0), then drop rows without a file"
     if valid:
@@ -75,7 +75,7 @@ def _join(yes, names):
     code,row = np.unique(yes @ (1 << np.arange(len(names))), return_inverse=True)
     return np.array(['|'.join(n for i,n in enumerate(names) if c >> i & 1) for c in code], object)[row]
 
-# %% ../nbs/02_datasets.ipynb #1c470851
+# %% ../nbs/02_datasets.ipynb #e8b8f330
 CHESTXRAY14 = ['Atelectasis', 'Cardiomegaly', 'Effusion', 'Infiltration', 'Mass', 'Nodule', 'Pneumonia', 'Pneumothorax',
                'Consolidation', 'Edema', 'Emphysema', 'Fibrosis', 'Pleural_Thickening', 'Hernia']
 
@@ -88,7 +88,7 @@ def _official_split(root, csv, names):
     _must_know(Path('train_val_list.txt + test_list.txt'), pd.concat(lists), csv, names)
     return np.where(names.isin(lists['test']), 'test', 'train')
 
-# %% ../nbs/02_datasets.ipynb #3ba79327
+# %% ../nbs/02_datasets.ipynb #cdcf7eea
 def chestxray14(
     root:str|Path, # folder with Data_Entry_2017(_v2020).csv, both lists, and images/ or images_001/images/ …
     valid:float=.1, # share of the training patients set aside, seed 0; 0: none
@@ -105,7 +105,7 @@ def chestxray14(
                   below=name.map(at).astype(object).fillna('images/'), view=view)
     return _finish(df, root, check, valid)
 
-# %% ../nbs/02_datasets.ipynb #1849e492
+# %% ../nbs/02_datasets.ipynb #77edbdbd
 def chestxray14_boxes(
     root:str|Path, # folder with BBox_List_2017.csv
 )->pd.DataFrame: # name, label (of `CHESTXRAY14`), x, y, w, h in pixels of the 1024×1024 image; one row a box
@@ -115,7 +115,7 @@ def chestxray14_boxes(
     df.columns = ['name', 'label', 'x', 'y', 'w', 'h']
     return df.replace({'label': {'Infiltrate': 'Infiltration'}})
 
-# %% ../nbs/02_datasets.ipynb #10717e5d
+# %% ../nbs/02_datasets.ipynb #7ad8295a
 CHEXPERT14 = ['No Finding', 'Enlarged Cardiomediastinum', 'Cardiomegaly', 'Lung Opacity', 'Lung Lesion', 'Edema',
               'Consolidation', 'Pneumonia', 'Atelectasis', 'Pneumothorax', 'Pleural Effusion', 'Pleural Other', 'Fracture',
               'Support Devices']
@@ -130,7 +130,7 @@ def _findings(df, csv):
     if odd.any(): raise DataError(f'{csv}: {odd.sum():,} labels are not 1, 0, -1 or blank: {_some(list(y[odd]))}')
     return dict(labels=_join(y == 1, CHEXPERT14), **{c: y[:,i] for i,c in enumerate(CHEXPERT14)})
 
-# %% ../nbs/02_datasets.ipynb #ec65184c
+# %% ../nbs/02_datasets.ipynb #1e9dddda
 def _chexpert_part(root, part):
     "The table of train.csv or valid.csv"
     csv = _find(root, f'{part}.csv')
@@ -148,7 +148,7 @@ def _chexpert_part(root, part):
     return _table(csv, root, name, patient, part, source='chexpert', frontal=frontal,
                   view=df['AP/PA'].where(frontal, 'lateral'), **_findings(df, csv)), releases
 
-# %% ../nbs/02_datasets.ipynb #79ea79f1
+# %% ../nbs/02_datasets.ipynb #007d253a
 def chexpert(
     root:str|Path, # folder with train.csv, valid.csv, train/ and valid/; CheXpert-v1.0 or CheXpert-v1.0-small
     valid:float=0., # share of the training patients to choose checkpoints on (seed 0); then valid.csv becomes `test`
@@ -161,7 +161,7 @@ def chexpert(
     df = pd.concat([train, held.assign(split='test') if valid else held], ignore_index=True)
     return _finish(df, root, check, valid)
 
-# %% ../nbs/02_datasets.ipynb #4ec30fe9
+# %% ../nbs/02_datasets.ipynb #91a5d0b0
 UNSURE = dict(zeros=0., ones=1., ignore=np.nan, multiclass=2.)
 CHEXPERT_POLICY = dict.fromkeys(CHEXPERT14, 'zeros') | dict(Atelectasis='ones', Edema='ones')
 
@@ -182,7 +182,7 @@ def chexpert_labels(
     unsure = np.array([UNSURE[rule[c]] for c in classes], np.float32)
     return np.where(y == -1, unsure, np.where(np.isnan(y), np.float32(blank), y))
 
-# %% ../nbs/02_datasets.ipynb #00e9ed19
+# %% ../nbs/02_datasets.ipynb #fee1b60c
 def mimic_cxr(
     root:str|Path, # folder with the three CSV files and files/
     check:bool=True, # look for every file?
@@ -202,7 +202,7 @@ def mimic_cxr(
                  frontal=df.ViewPosition.isin(['AP', 'PA']), view=df.ViewPosition, study=study, **_findings(y, found))
     return _finish(out, root, check)
 
-# %% ../nbs/02_datasets.ipynb #7c0c53a5
+# %% ../nbs/02_datasets.ipynb #83ce946c
 _MURA = r'^MURA-v1\.1/((train|valid)/XR_(\w+?)/(patient\d+)/study\d+_(positive|negative)/[^/]+)$'
 
 def mura(
@@ -221,7 +221,7 @@ def mura(
         parts.append(_table(csv, root, df['name'], df.patient, part, df.label, 'mura', body_part=df.body.str.lower()))
     return _finish(pd.concat(parts, ignore_index=True), root, check)
 
-# %% ../nbs/02_datasets.ipynb #9349a26d
+# %% ../nbs/02_datasets.ipynb #0d3e7ac6
 RSNA_MAP = 'pneumonia-challenge-dataset-mappings_2018.json'
 
 def _persons(root, ids):
@@ -235,7 +235,7 @@ def _persons(root, ids):
     _must_know(root/RSNA_MAP, list(nih), root/'stage_2_train_labels.csv', ids)
     return ids.map(nih)
 
-# %% ../nbs/02_datasets.ipynb #d60c5dd1
+# %% ../nbs/02_datasets.ipynb #f94e2ebc
 def rsna_pneumonia(
     root:str|Path, # folder with the two CSV files, stage_2_train_images/, and RSNA's mapping if you have it
     valid:float=.2, # share of the patients, seed 0; paper, section 3.2
@@ -256,7 +256,7 @@ def rsna_pneumonia(
                  target=[int(bool(b)) for b in boxes.values()], boxes=list(boxes.values()), **more)
     return _finish(df, root, check, valid)
 
-# %% ../nbs/02_datasets.ipynb #402dcb62
+# %% ../nbs/02_datasets.ipynb #6f26ea0f
 MEDMNIST = dict(pneumoniamnist=['normal', 'pneumonia'], chestmnist=CHESTXRAY14)
 
 def _med_labels(y, names):
@@ -277,7 +277,7 @@ def _unpack(npz, out, names):
     pd.concat(map(pd.DataFrame, rows)).to_csv(out/'part.csv', index=False)
     os.replace(out/'part.csv', out/'index.csv')
 
-# %% ../nbs/02_datasets.ipynb #4d564817
+# %% ../nbs/02_datasets.ipynb #74979f85
 def medmnist(
     npz:str|Path, # pneumoniamnist*.npz or chestmnist*.npz, of any size
     out:str|Path=None, # folder for the PNG files; None: beside `npz`, named as it is
@@ -296,7 +296,7 @@ def medmnist(
     if set(df.source) != {npz.stem}: raise DataError(f'{out}: holds {_some(sorted(set(df.source)))}; give another out')
     return df
 
-# %% ../nbs/02_datasets.ipynb #17286dea
+# %% ../nbs/02_datasets.ipynb #7bdfd95b
 PUBLISHED = dict(chestxray14=86_524, chexpert=223_414, mimic_cxr=377_110, mura=40_005)
 CHECKSUMS = dict(                                 # `checksum` of all rows, from the label tables as they are published
     chestxray14   ='a09f0e433e4d717d096e6685c2131fcd82fc3da7c2c86c719828e8523cc98a5a',
@@ -320,7 +320,7 @@ def paper_pool(
     if frontal: parts = [f[f.frontal] if 'frontal' in f else f for f in parts]
     return unlabelled(*parts)
 
-# %% ../nbs/02_datasets.ipynb #1c2ce435
+# %% ../nbs/02_datasets.ipynb #c64a0a34
 def ablation_split(
     nih:pd.DataFrame, # of `chestxray14`
     n:int=70_000, # images to pretrain on; paper, section 3.1
@@ -335,7 +335,7 @@ def ablation_split(
     taken = order[:abs(total-n).argmin()+1]
     return df.assign(part=np.where(np.isin(code, taken), 'pretrain', 'finetune'))
 
-# %% ../nbs/02_datasets.ipynb #ba0ce7de
+# %% ../nbs/02_datasets.ipynb #dd28edd1
 class TensorRadiograph(TensorImageBW):
     "fastai's tensor of a grey image, shown with bone bright (its own default is dark)"
     _show_args = dict(cmap='gray')

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
 from PIL import Image
-from c2l_nb import datasets, tables
+from c2l_nb import datasets, labels
 from c2l_nb.datasets import (CHESTXRAY14, CHEXPERT14, CHEXPERT5, PUBLISHED, DataError, RadiographBlock, ablation_split, checksum,
     chestxray14, chestxray14_boxes, chexpert, chexpert_labels, fingerprint, folder, index_csv, label_matrix, medmnist, mimic_cxr,
     missing_files, mura, paper_pool, rsna_pneumonia, shared_patients, split_patients, unlabelled)
@@ -193,7 +193,7 @@ def test_real_index():
 def test_datasets_exports_the_tables():
     "One import serves all of the notebooks 01a, 01b and 02"
     for n in 'DataError fingerprint folder index_csv label_matrix shared_patients split_patients unlabelled'.split():
-        assert getattr(datasets, n) is getattr(tables, n) and n in datasets.__all__
+        assert getattr(datasets, n) is getattr(labels, n) and n in datasets.__all__
     assert 'audit_leaks' in datasets.__all__
 
 def test_missing_files(tmp_path):

@@ -19,7 +19,7 @@ def conv_body(width=16):
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten())
 
 @pytest.mark.filterwarnings("ignore:the queue of")
-@pytest.mark.parametrize('seed', [0, 1, 2])
+@pytest.mark.parametrize('seed', [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_same_patient_is_found_again(phantoms, seed):
     "retrieval@1 of the same patient among all others rises by 10 points; top-1 against the queue is 20 times chance; all in a minute"
     images, meta = phantoms

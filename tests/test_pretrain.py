@@ -37,6 +37,7 @@ def test_report_is_one_file_without_patients_or_paths(run):
     html = (run/'report.html').read_text()
     assert 'data:image/png;base64' in html and str(run.parent) not in html and 'P00000' not in html and 'src="http' not in html
 
+@pytest.mark.slow                                            # test_resume.py has the same with a SIGKILL and a smaller network
 def test_resume_equals_the_uninterrupted_run(run, tmp_path, monkeypatch):
     "Stopped in epoch 1, resumed: the backbone is the same to the bit"
     ask = OnlineProbe.after_train

@@ -6,7 +6,7 @@
 __all__ = ['NONE', 'LOG', 'GOOD', 'BAD', 'build_cache', 'Squares', 'RadiographCache', 'PoolDL', 'pretrain_dls', 'labelled_dls',
            'main', 'load_squares', 'read_items', 'read_squares', 'to_square']
 
-# %% ../nbs/03_cache.ipynb #0b4816a1
+# %% ../nbs/03_cache.ipynb #a3509c6b
 import errno, hashlib, json, math, mmap, os, shutil, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -20,10 +20,10 @@ from .phantom import seeded
 from .labels import DataError
 from .squares import FITS, file_stamp, judge, load_squares, read_items, read_squares, to_square
 
-# %% ../nbs/03_cache.ipynb #3101a00a
+# %% ../nbs/03_cache.ipynb #9507f722
 _all_ = ['load_squares', 'read_items', 'read_squares', 'to_square']          # the names that go with the cache
 
-# %% ../nbs/03_cache.ipynb #cdc5166a
+# %% ../nbs/03_cache.ipynb #c9fa0f1d
 NONE = '\\N'                                                      # a missing value, as databases write it
 
 def _write(path, text):
@@ -41,7 +41,7 @@ def _read_table(path, columns):
                      encoding_errors='surrogateescape')
     return df.astype(floats)
 
-# %% ../nbs/03_cache.ipynb #dcf2a002
+# %% ../nbs/03_cache.ipynb #3b08f90b
 def _sha(text): return hashlib.sha256(text.encode('utf-8', 'surrogateescape')).hexdigest()
 def _digest(settings): return _sha(json.dumps(settings, sort_keys=True))
 
@@ -54,7 +54,7 @@ def _meta(out):
     if not whole: raise DataError(f"{path}: is damaged; delete {out} and build the cache again")
     return meta
 
-# %% ../nbs/03_cache.ipynb #e05b40bc
+# %% ../nbs/03_cache.ipynb #3c3cd760
 def _check_same(out, settings):
     "DataError if `out` holds a cache with other settings, or something else"
     if (out/'cache.json').exists():
@@ -67,7 +67,7 @@ def _check_same(out, settings):
         names = sorted(p.name for p in out.iterdir() if p.suffix != '.new' and p.name not in ('lock', 'rows.csv'))
         if names: raise DataError(f"{out}: is no cache, but holds {', '.join(names[:3])}; choose a new folder")
 
-# %% ../nbs/03_cache.ipynb #9dd97841
+# %% ../nbs/03_cache.ipynb #accfd194
 def _reserve(path, shape, dtype):
     "A .npy of zeros whose space on the disk is taken; OSError with the sizes if there is too little"
     if path.exists(): return
@@ -86,7 +86,7 @@ def _reserve(path, shape, dtype):
                                    "choose a smaller size or another folder") from e
     os.replace(new, path)
 
-# %% ../nbs/03_cache.ipynb #90a1e1f9
+# %% ../nbs/03_cache.ipynb #d81a1a1a
 LOG = np.dtype([('bytes', '<i8'), ('time', '<i8'), ('flag', '<i8')])
 GOOD, BAD = 1, 2
 
@@ -98,7 +98,7 @@ def _todo(log, paths):
     log['flag'][changed] = 0
     return np.flatnonzero(log['flag'] != GOOD)
 
-# %% ../nbs/03_cache.ipynb #98b118c8
+# %% ../nbs/03_cache.ipynb #3d854472
 def _fill(out, paths, size, fit, workers, progress):
     "Read what is missing: pixels, then flag, one square after the other; the bad ones at the end"
     log, bad = np.load(out/'log.npy', mmap_mode='r+'), {}
@@ -114,7 +114,7 @@ def _fill(out, paths, size, fit, workers, progress):
     _write(out/'bad.csv', table.to_csv(index=False))
     for row, (*stamp, _) in bad.items(): log[row] = *stamp, BAD
 
-# %% ../nbs/03_cache.ipynb #d4e0d9ef
+# %% ../nbs/03_cache.ipynb #cd515eb9
 def _prepare(out, items, settings):
     "The files of a cache, as far as they are not there"
     _check_same(out, settings)
@@ -124,7 +124,7 @@ def _prepare(out, items, settings):
     _reserve(out/'images.npy', (n, size, size), np.uint8)
     _reserve(out/'log.npy', (n,), LOG)
 
-# %% ../nbs/03_cache.ipynb #f3d8bfe7
+# %% ../nbs/03_cache.ipynb #afefff67
 def build_cache(
     items:pd.DataFrame, # one row an image, with `path`, from `folder`, `index_csv` …
     out:str|Path, # folder of the cache; where it was begun, it goes on
@@ -148,7 +148,7 @@ def build_cache(
     judge(cache.bad, len(paths))
     return cache
 
-# %% ../nbs/03_cache.ipynb #a10fe139
+# %% ../nbs/03_cache.ipynb #ec16fad3
 class Squares:
     "N×S×S uint8, read-only: squares of a .npy on disk, chosen by `index`; indexed as an array is, it gives arrays."
     dtype, ndim = np.dtype(np.uint8), 3
@@ -169,7 +169,7 @@ class Squares:
         self.announce(i)
         return np.array(self.map[self.index[i]])
 
-# %% ../nbs/03_cache.ipynb #3c283204
+# %% ../nbs/03_cache.ipynb #8deea9ae
 @patch
 def announce(self:Squares,
     i, # positions that will be asked for soon
@@ -181,7 +181,7 @@ def announce(self:Squares,
         page = start//mmap.PAGESIZE*mmap.PAGESIZE
         self.map._mmap.madvise(mmap.MADV_WILLNEED, page, start + n - page)
 
-# %% ../nbs/03_cache.ipynb #1da6e35d
+# %% ../nbs/03_cache.ipynb #6e28af5c
 class RadiographCache:
     "A finished cache: DataError if it is none, unfinished or damaged."
     def __init__(self,
@@ -203,18 +203,19 @@ class RadiographCache:
     def __getitem__(self, i): return self.images[i]
     def __repr__(self): return f"RadiographCache({str(self.out)!r}): {len(self):,} images of {self.size} px, {len(self.bad):,} left out"
 
-# %% ../nbs/03_cache.ipynb #93adc55f
+# %% ../nbs/03_cache.ipynb #ab543176
 @patch
 def _tables(self:RadiographCache, flag, columns):
     "`rows`, `bad` and `images`, which belong together"
     try: rows, bad = _read_table(self.out/'rows.csv', columns), pd.read_csv(self.out/'bad.csv').set_index('row')
     except (OSError, ValueError, KeyError) as e: raise DataError(f"{self.out}: is damaged ({e}); build it again, images are kept") from e
+    if len(rows) != len(flag): raise DataError(f"{self.out}: is damaged (rows.csv has {len(rows):,} of {len(flag):,} rows); build it again, images are kept")
     good = np.flatnonzero(flag == GOOD)
     self.images = Squares(self.out/'images.npy', good)         # N×S×S, N good images
     self.rows = rows.iloc[good].reset_index(drop=True)         # N rows
     self.bad = rows[flag == BAD].assign(reason=bad.reason)     # with their place in the table as index
 
-# %% ../nbs/03_cache.ipynb #fc717b94
+# %% ../nbs/03_cache.ipynb #4b83fbe8
 class _Pool:
     "Images and what is known of them; `loss_func` tells fastai's `Learner` that no other loss is needed."
     def __init__(self, images, ids): self.images, self.ids = images, ids
@@ -222,7 +223,7 @@ class _Pool:
     def __getitem__(self, i): return self.images[i], self.ids[i]
     def loss_func(self, *_): raise RuntimeError("these batches have no labels: train with Learner(dls, body, cbs=C2LCallback())")
 
-# %% ../nbs/03_cache.ipynb #9e1842de
+# %% ../nbs/03_cache.ipynb #9d3a51f1
 class PoolDL(DataLoader):
     "Batches (images B×1×S×S uint8, ids B) of a pool, in an order drawn from `(seed, epoch)`; the next pass begins at batch `start`."
     epoch, seed, start = 0, 0, 0
@@ -245,7 +246,7 @@ class PoolDL(DataLoader):
             yield self.do_batch(now)
             now = after
 
-# %% ../nbs/03_cache.ipynb #ae62380e
+# %% ../nbs/03_cache.ipynb #c80e1b13
 def pretrain_dls(
     images, # `RadiographCache`, or N×S×S uint8: its `images`, or an array in memory
     bs:int=256, # paper, section 4
@@ -265,7 +266,7 @@ def pretrain_dls(
     train.seed = seed
     return DataLoaders(train, PoolDL(_Pool(images[:0], torch.arange(0)), **how), device=device)
 
-# %% ../nbs/03_cache.ipynb #678ced42
+# %% ../nbs/03_cache.ipynb #2b2170f3
 def labelled_dls(
     images:np.ndarray, # N×S×S uint8, those that vote or train
     y, # N class numbers, or N×C of 0, 1, NaN
@@ -278,7 +279,7 @@ def labelled_dls(
     pools = [_Pool(im, torch.as_tensor(t)) for im, t in ((images, y), (valid_images, valid_y))]
     return DataLoaders(*[PoolDL(p, bs=bs, indexed=True, device=device) for p in pools], device=device)
 
-# %% ../nbs/03_cache.ipynb #cdc8e484
+# %% ../nbs/03_cache.ipynb #440843e9
 @call_parse
 def main(
     data:str='', # A folder of radiographs, or an index CSV (file, patient, split, labels)

@@ -16,7 +16,7 @@ import fastai.distributed                                  # once, before forkin
 from c2l_nb import checkpoint
 from c2l_nb.cache import pretrain_dls
 from c2l_nb.callback import C2LCallback, StepDecay, c2l_opt
-from c2l_nb.checkpoint import C2LCheckpoint, resume
+from c2l_nb.checkpoint import C2LCheckpoint, resume, settle
 from c2l_nb.distributed import DistributedC2L, distributed, gather, mine, rank0, ranks, run_mark, setup, share_batches
 from c2l_nb.model import C2L, C2LConfig
 from c2l_nb.phantom import phantom_batch, seeded
@@ -251,6 +251,7 @@ def run(folder, config, *cbs, norm, again=False, n=3):
     learn = learner(config, *cbs, norm=norm)
     mark = run_mark('pool', learn)
     learn.add_cb(C2LCheckpoint(folder, fingerprint=mark, steps=1))
+    settle(); dist.barrier()                               # process 0 may still write
     start = resume(learn, folder) if again else 0
     dist.barrier()                                         # all have read before anybody writes
     with warnings.catch_warnings():

@@ -399,3 +399,10 @@ def test_progress_bar(items, out, capsys):
         mp.setattr(squares, 'progress_bar', bar)
         build_cache(items, out, S, workers=0)
     assert '40/40' in capsys.readouterr().out
+
+def test_a_table_of_another_length_is_damage(items, out):
+    "rows.csv with fewer rows than the cache has squares"
+    build_cache(items, out, 16, workers=0, progress=False)
+    lines = (out/'rows.csv').read_text(encoding='utf-8').splitlines(True)
+    (out/'rows.csv').write_text(''.join(lines[:-1]), encoding='utf-8')
+    with pytest.raises(DataError, match='rows.csv has'): RadiographCache(out)

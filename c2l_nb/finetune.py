@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['probe_scores', 'run_cell', 'name_inits', 'plan', 'finetune', 'main']
 
-# %% ../nbs/30_finetune.ipynb #29d45052
+# %% ../nbs/30_finetune.ipynb #a7760523
 import hashlib, json, platform, re, shlex, sys, time
 from pathlib import Path
 import fastai, numpy as np, pandas as pd, torch, torchvision
 from fastai.basics import no_random
-from fastcore.script import Param, call_parse
+from fastcore.script import call_parse
 from torch import nn
 from . import __version__
 from .cache import read_items
@@ -22,7 +22,7 @@ from .targets import Targets, check_fraction, check_split, check_targets, draw_f
 from .classifier import RECIPE, features_of, finetune_learner, load_body
 from .compare import cell_name, report_run
 
-# %% ../nbs/30_finetune.ipynb #d5c68262
+# %% ../nbs/30_finetune.ipynb #14086130
 def probe_scores(feats, t, train, valid, score): # features N×F; Targets; positions
     "Linear probes on frozen features: scores of the images `score`; a finding with three answers has a probe of its own"
     one = lambda tr, y, va, vy: linear_probe(feats[tr], y, feats[va], vy, feats[score])[0]
@@ -35,7 +35,7 @@ def probe_scores(feats, t, train, valid, score): # features N×F; Targets; posit
         else: out.append(one(tr, y[tr, None], va, v[va, None])[:, 0])
     return torch.stack(out, 1).numpy()
 
-# %% ../nbs/30_finetune.ipynb #aa368d7f
+# %% ../nbs/30_finetune.ipynb #904646fb
 def _fit(images, t, train, valid, body, prepare, s, seed):
     "A fine-tuned learner, by the settings `s`"
     cbs = [Precision(s['precision'])] if s['precision'] != 'fp32' else []
@@ -45,7 +45,7 @@ def _fit(images, t, train, valid, body, prepare, s, seed):
         learn.fit(s['epochs'], slice(s['lr']/s['discriminative'], s['lr']) if s['discriminative'] > 1 else s['lr'])
     return learn
 
-# %% ../nbs/30_finetune.ipynb #0e089df2
+# %% ../nbs/30_finetune.ipynb #fd43ad93
 def run_cell(
     images, t:Targets, # of all rows
     train, valid, score, # positions: to train on, to choose by, to score
@@ -65,7 +65,7 @@ def run_cell(
     curve = pd.DataFrame(curve).rename_axis('epoch').reset_index()
     return p, curve.assign(chosen=curve.index == best)
 
-# %% ../nbs/30_finetune.ipynb #7cfa49f0
+# %% ../nbs/30_finetune.ipynb #cf34cd99
 def name_inits(
     specs, # untrained, imagenet, a backbone file, or NAME=file
 )->dict: # name -> untrained, imagenet or file, in order
@@ -82,7 +82,7 @@ def name_inits(
     if not out: raise ValueError("init names nothing: untrained, imagenet, or a backbone file")
     return out
 
-# %% ../nbs/30_finetune.ipynb #06c0665b
+# %% ../nbs/30_finetune.ipynb #e716bceb
 def plan(
     rows:pd.DataFrame, # of the data
     labels, task, policy, # see `make_targets`
@@ -99,7 +99,7 @@ def plan(
         for d in range(draws if f < 1 else 1): check_fraction(t.take(train), patient[train], f, d)
     return rows, t, at, said + (f"; {n-len(at):,} images without a label are left out" if len(at) < n else '')
 
-# %% ../nbs/30_finetune.ipynb #049033de
+# %% ../nbs/30_finetune.ipynb #7cb2fb6f
 def _check(out, resume, settings, inits, draws, seeds):
     "Refuse what cannot work, load every body once; returns the folder and the SHA-256 of each init's file"
     out, s = Path(out), settings
@@ -114,7 +114,7 @@ def _check(out, resume, settings, inits, draws, seeds):
     for spec in inits.values(): load_body(spec, s['arch'], say=print)
     return out, {k: hashlib.sha256(Path(v).read_bytes()).hexdigest() if Path(v).is_file() else v for k, v in inits.items()}
 
-# %% ../nbs/30_finetune.ipynb #d80c09e3
+# %% ../nbs/30_finetune.ipynb #16677117
 def _same_run(out, **here):
     "ValueError if the run in `out` was another one; more inits, fractions, draws and seeds are welcome"
     there = {k: v for k, v in json.loads((out/'config.json').read_text(encoding='utf-8')).items() if k in here}
@@ -125,7 +125,7 @@ def _same_run(out, **here):
     said = '; '.join(wrong[:6]).replace('in the checkpoint', 'there')
     if wrong: raise ValueError(f"{out} is another run: {said}; use the same settings, or another --out")
 
-# %% ../nbs/30_finetune.ipynb #1442710d
+# %% ../nbs/30_finetune.ipynb #ae121ee6
 def _about(settings, inits, cells, t, rows, mark, data):
     "config.json"
     args = [Path(a).name if Path(a).exists() else a for a in sys.argv[1:]]       # names, no paths
@@ -137,7 +137,7 @@ def _about(settings, inits, cells, t, rows, mark, data):
                 one_class=t.one_class, inits=inits, cells=cells, data=dict(name=Path(data).name, fingerprint=mark, **n),
                 recipe=RECIPE, versions=versions)
 
-# %% ../nbs/30_finetune.ipynb #865e4a98
+# %% ../nbs/30_finetune.ipynb #8380f8f1
 def _csv(path, df): write_atomically(path, df.to_csv(index=False, float_format='%.9g', lineterminator='\n').encode())
 
 def _begin(out, about, rows, t):
@@ -147,7 +147,7 @@ def _begin(out, about, rows, t):
     _csv(out/'labels.csv', pd.concat([labels, pd.DataFrame(t.truth, columns=t.classes)], axis=1)[scored])
     write_atomically(out/'config.json', json.dumps(about, indent=1).encode())
 
-# %% ../nbs/30_finetune.ipynb #ff6d07ff
+# %% ../nbs/30_finetune.ipynb #c2e318ee
 def _features(images, inits, s):
     "(init, seed) -> features of all images, the last one kept; None in full fine-tuning"
     kept = {}
@@ -160,7 +160,7 @@ def _features(images, inits, s):
         return kept.get(key)
     return of
 
-# %% ../nbs/30_finetune.ipynb #e81d5555
+# %% ../nbs/30_finetune.ipynb #62d5a216
 def finetune(
     data:str='phantoms', # 'phantoms', an index CSV (file, patient, split, labels or a column a finding), or a cache of it
     out:str='c2l_finetune', # folder for everything the run leaves; new, unless `resume`
@@ -199,7 +199,7 @@ def finetune(
     _run_grid(out, cells, inits, images, t, at, rows, s)
     return report_run(out, n_boot)
 
-# %% ../nbs/30_finetune.ipynb #2528465d
+# %% ../nbs/30_finetune.ipynb #2c537a9d
 def _run_grid(out, cells, inits, images, t, at, rows, s):
     "Train the cells that are not there yet; a cell's file of scores is its last and whole or absent"
     split, patient = rows.split.values, patient_codes(rows)
@@ -217,13 +217,12 @@ def _run_grid(out, cells, inits, images, t, at, rows, s):
         print(f"cell {n+1} of {len(cells)}, {init}, {100*fraction:g} % of the patients, draw {draw}, seed {seed}: "
               f"AUROC on valid {best.auroc:.3f} at epoch {best.epoch:.0f}, {time.perf_counter()-start:.0f} s", flush=True)
 
-# %% ../nbs/30_finetune.ipynb #02ed70b4
+# %% ../nbs/30_finetune.ipynb #acd9c6f9
 @call_parse
 def main(
     data:str='phantoms', # phantoms, an index CSV (file, patient, split, labels or a column a finding), or a cache of c2l_cache
     out:str='c2l_finetune', # Folder for everything the run leaves
-    init:Param("untrained, imagenet, backbone files, NAME=file; compared with the first; default: untrained, and c2l_run's, if there",
-               str, nargs='+')=None,
+    init:str='', # untrained, imagenet, backbone files, NAME=file, in one pair of quotes; compared with the first; default: untrained, and c2l_run's, if there
     arch:str='resnet18', # Architecture of all of them; resnet18 and densenet121 are the paper's
     size:int=None, # Side of the views, px; default 224 (paper), for phantoms 48
     epochs:int=None, # Default 50 (paper), for phantoms 12
@@ -232,11 +231,10 @@ def main(
     wd:float=1e-5, # L2 (chexnet)
     crop:float=.2, # Smallest share of the area in a training view
     mode:str='full', # full, or probe: a linear probe on the frozen body
-    labels:Param("Classes to learn; default: those that 5 images of train and of valid have and 5 have not; of CheXpert the paper's five",
-                 str, nargs='+')=None,
+    labels:str='', # Classes to learn, joined by |; default: those that 5 images of train and of valid have and 5 have not; of CheXpert the paper's five
     task:str='auto', # multilabel, or multiclass (the whole text of a label is one class)
     policy:str=None, # CheXpert's unsure labels: zeros, ones, ignore, multiclass; default: ones for Atelectasis and Edema, else zeros
-    fractions:Param("Shares of the training patients, as 0.01 0.1 1", float, nargs='+')=None,
+    fractions:str='1', # Shares of the training patients, as "0.01 0.1 1"
     draws:int=1, # Draws of the patients for each share below 1
     seeds:int=1, # Seeds of untrained body, head, order and views
     freeze_epochs:int=0, # Epochs with the body frozen, before the others
@@ -250,15 +248,16 @@ def main(
 ):
     "Fine-tune classifiers from several initialisations and compare them, with intervals"
     small = data == 'phantoms'
+    init, labels = shlex.split(init), [l for l in labels.split('|') if l] or None
     if not init: init = ['untrained'] + [f'C2L={f}' for f in ['c2l_run/backbone.safetensors'] if Path(f).is_file()]
     default = dict(size=48, epochs=12, lr=1e-3) if small else dict(size=224, epochs=50, lr=1e-4)
     own = default | {k: v for k, v in dict(size=size, epochs=epochs, lr=lr).items() if v is not None}
     try: scores, differences = finetune(data, out, init, arch, batch=batch, wd=wd, crop=crop, mode=mode, labels=labels, task=task,
-        policy=policy, fractions=fractions or [1.], draws=draws, seeds=seeds, freeze_epochs=freeze_epochs, discriminative=discriminative,
+        policy=policy, fractions=[float(f) for f in fractions.split()], draws=draws, seeds=seeds, freeze_epochs=freeze_epochs, discriminative=discriminative,
         precision=precision, n_phantoms=n_phantoms, resume=resume, where=where, cache=cache, n_boot=n_boot, **own)
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_finetune: {e}") from e
     show = lambda t, cols: print(t[t['class'] == 'mean'][cols].to_string(index=False, float_format='{:.3f}'.format))
     print("Mean AUROC on test, with 95 % intervals:"); show(scores, ['init', 'fraction', 'runs', 'auroc', 'low', 'high'])
     if len(differences): print("Differences:"); show(differences, ['init', 'minus', 'fraction', 'difference', 'low', 'high'])
-    else: print("One initialisation alone; to compare, add --init untrained NAME=backbone.safetensors (c2l_pretrain makes one)")
+    else: print("One initialisation alone; to compare, add --init 'untrained NAME=backbone.safetensors' (c2l_pretrain makes one)")
     print(f"Wrote {out}: see report.html; scores of every image are in predictions/")

@@ -6,12 +6,12 @@
 __all__ = ['SCALES', 'ARCHS', 'TABLES', 'REFERENCE', 'GFLOP', 'Start', 'columns', 'Pool', 'make', 'body_of', 'tasks', 'ask',
            'score', 'along', 'render', 'text', 'read_pool', 'plan', 'run_table', 'gpu_hours', 'commands', 'main']
 
-# %% ../nbs/33_tables.ipynb #27b29cad
+# %% ../nbs/33_tables.ipynb #8ecd306a
 import hashlib, json, math, os, subprocess, sys, time, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastcore.script import Param, call_parse
+from fastcore.script import call_parse
 from filelock import FileLock
 from .datasets import label_matrix
 from .cache import to_square
@@ -27,7 +27,7 @@ from .compare import compare
 from .baselines import LITE0_STATS, imagenet_lite0, pretrain_genesis
 from .ablations import ABLATIONS, PAPER, ablation
 
-# %% ../nbs/33_tables.ipynb #2a7021d1
+# %% ../nbs/33_tables.ipynb #4319205d
 SCALES = dict(smoke=dict(data='phantoms', size=24, epochs=2, batch=32, n_phantoms=320, seeds=1, untrained=2),
               small=dict(data='$C2L_RADIOGRAPHS/index.csv', size=64, epochs=100, batch=None, n_phantoms=0, seeds=1, untrained=5))
 ARCHS = {'ResNet-18': 'resnet18', 'DenseNet-121': 'densenet121', 'EfficientNet-Lite0': 'tf_efficientnet_lite0'}
@@ -47,7 +47,7 @@ class Start:
         "A name that two columns share if and only if they need the same pretraining"
         return hashlib.sha256(json.dumps([asdict(self), mark if self.method in ('c2l', 'genesis') else ''], sort_keys=True).encode()).hexdigest()[:12]
 
-# %% ../nbs/33_tables.ipynb #7f484a71
+# %% ../nbs/33_tables.ipynb #1745e760
 def columns(
     table:str, # '1' to '5', or 'theta'
     base:C2LConfig=C2LConfig(), # full C2L at the scale of the run
@@ -68,7 +68,7 @@ def columns(
         found |= {f'{name} {k}': v for k, v in own.items()}
     return found
 
-# %% ../nbs/33_tables.ipynb #d2253b02
+# %% ../nbs/33_tables.ipynb #45833892
 @dataclass
 class Pool:
     "The images of a grid, read once"
@@ -78,7 +78,7 @@ class Pool:
     args:dict # data, n_phantoms, where, cache: for whoever reads them again
     size:int # of the views, px
 
-# %% ../nbs/33_tables.ipynb #6c91ec09
+# %% ../nbs/33_tables.ipynb #61c649a6
 def _train(start, out, pool):
     "C2L or MoCo, begun or continued in the folder `out`"
     with warnings.catch_warnings():
@@ -94,7 +94,7 @@ def _train(start, out, pool):
     if learn.collapse_guard.reason: write_atomically(out/'collapse.txt', learn.collapse_guard.reason.encode())
     export_backbone(learn.model, out/'backbone.safetensors', card)
 
-# %% ../nbs/33_tables.ipynb #03ba3f14
+# %% ../nbs/33_tables.ipynb #000bf20d
 def make(
     start:Start, # which
     folder:Path, # of all pretrainings
@@ -112,7 +112,7 @@ def make(
         print(f'{out.name}: {time.time() - began:.0f} s', flush=True)
     return out
 
-# %% ../nbs/33_tables.ipynb #f3844eaa
+# %% ../nbs/33_tables.ipynb #d95a6c31
 def body_of(
     start:Start, # which
     run:Path, # its folder, of `make`
@@ -127,7 +127,7 @@ def body_of(
         torch.manual_seed(start.seed)
         return create_encoder(start.arch, 1, 'imagenet' if start.method == 'imagenet' else None), Prepare(channels=1)
 
-# %% ../nbs/33_tables.ipynb #476f3476
+# %% ../nbs/33_tables.ipynb #4a420db3
 def tasks(
     rows:pd.DataFrame, # of the pool
     split:str, # that is scored: valid or test
@@ -144,7 +144,7 @@ def tasks(
     if not found: raise ValueError("no label has 5 images with and 5 without it in train and in valid: there is nothing to score by")
     return found
 
-# %% ../nbs/33_tables.ipynb #fc058e80
+# %% ../nbs/33_tables.ipynb #8b203603
 def ask(
     body, # of one channel
     prepare, # its pixels
@@ -162,10 +162,10 @@ def ask(
         held[f'{name}/knn'] = knn_predict(f, y, g).numpy()
     return held
 
-# %% ../nbs/33_tables.ipynb #367410d0
+# %% ../nbs/33_tables.ipynb #4805c50b
 def _patients(rows): return rows.patient.where(rows.patient.notna(), rows.index.astype(str)).astype(str).values
 
-# %% ../nbs/33_tables.ipynb #5dc5b284
+# %% ../nbs/33_tables.ipynb #bd87cd4f
 def score(
     start:Start, # which
     run:Path, # its folder
@@ -181,7 +181,7 @@ def score(
         np.savez(tmp, **held); os.replace(tmp, path)
     with np.load(path) as z: return {name: {how: z[f'{name}/{how}'] for how in ('probe', 'knn')} for name in asked}
 
-# %% ../nbs/33_tables.ipynb #e3f2e363
+# %% ../nbs/33_tables.ipynb #8fdc8c47
 def along(
     run:Path, # folder of a pretraining of ten epochs or more, which has kept snapshots
     pool:Pool, # the images
@@ -197,10 +197,10 @@ def along(
             rows.append(dict(epoch=card['epoch'], task=name) | {k: float(np.nanmean([auroc(*c) for c in zip(y.T, held[f'{name}/{k}'].T)])) for k in ('probe', 'knn')})
     return pd.DataFrame(rows)
 
-# %% ../nbs/33_tables.ipynb #431b97b3
+# %% ../nbs/33_tables.ipynb #3ecc13c2
 REFERENCE = {'1': 'No mixup', '2': 'Crop, Q 2^15', 'theta': 'θ 0.999'}      # the others: MoCo of the same architecture
 
-# %% ../nbs/33_tables.ipynb #2040399d
+# %% ../nbs/33_tables.ipynb #2476a2b8
 def render(
     table:str, # which
     scores:dict, # column -> list of N×C, one a seed
@@ -221,7 +221,7 @@ def render(
         rows.append(row)
     return pd.DataFrame(rows).round(1)
 
-# %% ../nbs/33_tables.ipynb #ea1d51e0
+# %% ../nbs/33_tables.ipynb #6cd09e7f
 def text(
     t:pd.DataFrame, # of `render`
 ) -> str: # Markdown
@@ -234,7 +234,7 @@ def text(
                      f"{r['reference'] if gap != '–' else '–'} | {gap} | {r['seeds']} |")
     return '\n'.join(lines)
 
-# %% ../nbs/33_tables.ipynb #b71b150f
+# %% ../nbs/33_tables.ipynb #0fd12a47
 def read_pool(data, size, n_phantoms=0, where='', cache='') -> Pool:
     "The images of a grid; ValueError where an environment variable in `data` is not set"
     path = os.path.expandvars(data)
@@ -242,7 +242,7 @@ def read_pool(data, size, n_phantoms=0, where='', cache='') -> Pool:
     args = dict(data=path, n_phantoms=n_phantoms, where=where, cache=str(cache))
     return Pool(*load_data(path, round(1.25*size), n_phantoms, where, cache, progress=False), args, size)
 
-# %% ../nbs/33_tables.ipynb #15ef3e0a
+# %% ../nbs/33_tables.ipynb #4d4dba1d
 def plan(
     table:str, # which
     pool:Pool, # the images
@@ -261,7 +261,7 @@ def plan(
     many = dict(untrained=untrained, imagenet=1)
     return {name: [f[name] for f in found[:many.get(s.method, seeds)]] for name, s in found[0].items() if not only or name in only}
 
-# %% ../nbs/33_tables.ipynb #38c1e754
+# %% ../nbs/33_tables.ipynb #a411b2bc
 def _side_by_side(starts, out, pool, jobs, command):
     "Each pretraining in a process of its own, `jobs` at a time, each on its GPU"
     todo, running, failed = list(starts), {}, []
@@ -276,7 +276,7 @@ def _side_by_side(starts, out, pool, jobs, command):
                 del running[slot]
     if failed: raise RuntimeError(f"these pretrainings failed, see above: {', '.join(failed)}; the same command tries them again")
 
-# %% ../nbs/33_tables.ipynb #8b18a420
+# %% ../nbs/33_tables.ipynb #9d4fbf58
 def run_table(
     table:str, # '1' to '4', or 'theta'
     scale:str='smoke', # smoke or small
@@ -305,7 +305,7 @@ def run_table(
         for run in (out/'pretrained').glob(f'c2l-*-{k}'): write_atomically(out/f'along-{run.name}-{split}.csv', along(run, pool, split).to_csv(index=False).encode())
     return _tables(table, scale, out, pool, grid, split)
 
-# %% ../nbs/33_tables.ipynb #c355b784
+# %% ../nbs/33_tables.ipynb #9c2bfdf5
 def _command(table, scale, out, split, take, s):
     "The command that does the same, as a list"
     own = {k: v for k, v in s.items() if v not in (None, '')} | dict(scale=scale, out=out, split=split) | (dict(take='|'.join(take)) if take else {})
@@ -328,7 +328,7 @@ def _tables(table, scale, out, pool, grid, split):
         write_atomically(out/f'{stem}.md', md.encode()); write_atomically(out/f'{stem}.csv', done[task].to_csv(index=False).encode()); print(md, flush=True)
     return done
 
-# %% ../nbs/33_tables.ipynb #2c6063c1
+# %% ../nbs/33_tables.ipynb #c3070410
 GFLOP = dict(resnet18=3.6, densenet121=5.7)          # of a forward pass at 224 px, two a multiplication and addition (torchvision's tables list half)
 
 def gpu_hours(
@@ -341,7 +341,7 @@ def gpu_hours(
     "What a run would take: arithmetic, no measurement"
     return GFLOP[arch]*images*epochs*passes/tflops/1e3/3600
 
-# %% ../nbs/33_tables.ipynb #b675927c
+# %% ../nbs/33_tables.ipynb #9d42373d
 def _pretrain_line(start, pool, name):
     "The command of one pretraining at the paper's scale, and its estimate"
     images = 70_000 if pool == 'ablation' else 727_053
@@ -353,10 +353,10 @@ def _pretrain_line(start, pool, name):
     return (f"c2l_pretrain --data cache_{pool} --out {name} --arch {start.arch} --config paper --precision bf16"
             + (f' --set "{other}"' if other else '') + f"  # about {hours:.0f} GPU-hours")
 
-# %% ../nbs/33_tables.ipynb #206a094e
+# %% ../nbs/33_tables.ipynb #766150b2
 def _name(table, column): return '_'.join(''.join(c if c.isalnum() else ' ' for c in f'{table} {column}').lower().split())
 
-# %% ../nbs/33_tables.ipynb #916d49a3
+# %% ../nbs/33_tables.ipynb #273fbdeb
 def commands(
     table:str, # which
 ) -> list: # lines for a shell, comments included
@@ -370,13 +370,13 @@ def commands(
         if table == '5': lines += [f"c2l_detect --data rsna_pneumonia --init {f} --out {_name(5, n)}" for n, f in init.items()]; continue
         data, n = ('chexpert', 223_414) if table == '4' else ('chestxray14_16k', 16_524) if pool == 'ablation' else ('chestxray14', 86_524)
         many = ' '.join(f if f in ('untrained', 'imagenet') else f"{_name('', c)}={f}" for c, f in init.items())
-        lines.append(f"c2l_finetune --data {data}.csv --arch {arch} --epochs 50 --seeds 3 --out table{table}_{arch} --init {many}  # about {3*len(init)*gpu_hours(arch, n, 50, 3):.1f} GPU-hours")
+        lines.append(f"c2l_finetune --data {data}.csv --arch {arch} --epochs 50 --seeds 3 --out table{table}_{arch} --init '{many}'  # about {3*len(init)*gpu_hours(arch, n, 50, 3):.1f} GPU-hours")
     return lines
 
-# %% ../nbs/33_tables.ipynb #f2b674d3
+# %% ../nbs/33_tables.ipynb #546a9eba
 @call_parse
 def main(
-    table:Param("1, 2, 3, 4, 5 or theta", str), # which
+    table:str, # 1, 2, 3, 4, 5 or theta
     scale:str='smoke', # smoke (phantoms), small (the radiographs of C2L_RADIOGRAPHS, or --data), paper (prints the commands)
     out:str='c2l_tables', # Folder for everything; all tables share it
     split:str='valid', # Split that is scored: valid, or once, at the end, test

@@ -272,4 +272,4 @@ def test_unequal_runs_are_not_compared():
 def test_command_explains_itself_and_its_errors():
     text = anno_parser(module.main).format_help()
     assert all(f'--{name}' in text for name in 'data out init arch size epochs batch lr mode labels policy fractions draws seeds resume'.split()) and 'paper' in text
-    with pytest.raises(SystemExit, match='c2l_finetune: init must be untrained'): module.main(init=['nowhere.pth'])
+    with pytest.raises(SystemExit, match='c2l_finetune: init must be untrained'): module.main(init='nowhere.pth')

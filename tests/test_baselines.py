@@ -71,6 +71,7 @@ def test_densenet_learns_all_its_weights(images):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert model(images[:2]).shape == (2, 1, 32, 32) and model.eval()(images[:2]).shape == (2, 1024)
 
+@pytest.mark.slow
 def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
     "Stopped in its second epoch and taken up, to the bit"
     args, learns = dict(size=24, n_phantoms=48, epochs=3, batch_size=8), []

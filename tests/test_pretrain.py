@@ -77,6 +77,7 @@ def test_bad_arguments_cost_nothing(bad, words, tmp_path):
     with pytest.raises(ValueError, match=words): pretrain(**{**TINY, 'out': tmp_path/'new', **bad})
     assert not (tmp_path/'new').exists()
 
+@pytest.mark.slow                                            # test_precision.py has it for a step of the callback
 def test_bf16_on_a_cpu_is_half_precision_inside(tmp_path, monkeypatch):
     "The convolutions run in bfloat16, the loss in float32"
     seen = []

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['CHESTXRAY14', 'CHEXPERT', 'RIVALS', 'FOUR', 'QUEUES', 'PAPER', 'ABLATIONS', 'slips', 'ablation', 'pair_cosines']
 
-# %% ../nbs/32a_ablations.ipynb #5f716ac6
+# %% ../nbs/32a_ablations.ipynb #408eae20
 import io
 import pandas as pd, torch, torch.nn.functional as F
 from .model import C2L, C2LConfig
 
-# %% ../nbs/32a_ablations.ipynb #95183a5b
+# %% ../nbs/32a_ablations.ipynb #861d9ff3
 CHESTXRAY14 = ('Atelectasis Cardiomegaly Effusion Infiltration Mass Nodule Pneumonia Pneumothorax Consolidation Edema Emphysema Fibrosis '
                'Pleural_Thickening Hernia').split()
 CHEXPERT = ['Atelectasis', 'Cardiomegaly', 'Consolidation', 'Edema', 'Pleural Effusion']
@@ -21,7 +21,7 @@ def _printed(rows, columns, numbers):
     "Numbers typed a row a line, under the names of rows and columns"
     return pd.read_csv(io.StringIO(numbers.strip()), sep=r'\s+', header=None, names=columns).set_axis(pd.Index(rows, name='class'))
 
-# %% ../nbs/32a_ablations.ipynb #e597a8e5
+# %% ../nbs/32a_ablations.ipynb #e01b22e6
 _T1 = _printed(['Average', *CHESTXRAY14], ['ImageNet', 'Mix.', 'Bat. Mix.', 'Bat. Mix. + loss_M', 'Bat. + Feat. Mix. + loss_M'], """
 74.4 74.7 75.3 75.6 76.3
 80.0 81.4 80.1 80.9 81.9
@@ -39,7 +39,7 @@ _T1 = _printed(['Average', *CHESTXRAY14], ['ImageNet', 'Mix.', 'Bat. Mix.', 'Bat
 79.5 81.3 81.9 82.5 81.7
 82.1 77.4 82.9 79.8 82.8""")
 
-# %% ../nbs/32a_ablations.ipynb #a46f42f6
+# %% ../nbs/32a_ablations.ipynb #74fe2c1a
 _T3 = _printed(['Average', *CHESTXRAY14], FOUR, """
 80.9 81.5 81.4 83.5 82.4 82.9 83.0 84.4
 79.2 80.1 79.8 82.1 80.7 81.2 81.7 82.7
@@ -57,7 +57,7 @@ _T3 = _printed(['Average', *CHESTXRAY14], FOUR, """
 76.1 76.2 76.4 78.2 76.8 77.2 77.5 78.3
 86.4 86.8 86.3 88.8 88.9 92.1 91.6 92.2""")
 
-# %% ../nbs/32a_ablations.ipynb #c4945353
+# %% ../nbs/32a_ablations.ipynb #62f54112
 QUEUES = 'Crop, Q 2^11', 'Crop, Q 2^13', 'Crop, Q 2^17', 'Crop, Q 2^15'
 _T2 = _printed(['Average'], [*QUEUES, 'Crop, rotation', '+ jigsaw', '+ dropout', '+ cutout', '+ cutout, mixup'], '74.1 74.5 74.4 74.9 75.2 75.0 74.9 75.4 76.3')
 _T4 = _printed(['Average', *CHEXPERT], FOUR, """
@@ -77,7 +77,7 @@ _T5 = _printed(['0.2', '0.3', '0.4', '0.5', '0.6', '0.7', '0.8'], [f'ResNet-18 {
 20.4 21.1 21.2 22.5""")
 PAPER = {'1': _T1, '2': _T2, '3': _T3, '4': _T4, '5': _T5}            # Tables 1 to 5: AUROC, 5: mean average precision, in percent
 
-# %% ../nbs/32a_ablations.ipynb #b8482709
+# %% ../nbs/32a_ablations.ipynb #34d39c25
 def slips(
     least:float=.051, # a difference that rounding of the average does not explain
 ) -> pd.DataFrame: # table, column, printed, recomputed; one row a slip
@@ -86,7 +86,7 @@ def slips(
     table = pd.DataFrame(rows, columns=['table', 'column', 'printed', 'recomputed']).round(3)
     return table[(table.recomputed - table.printed).abs() > least].reset_index(drop=True)
 
-# %% ../nbs/32a_ablations.ipynb #342ccb59
+# %% ../nbs/32a_ablations.ipynb #76afd526
 _A = dict(loss_weights=(1., 0., 0.), enqueue=('A',))                      # loss_A alone
 _CROP = _A | dict(rotation=0., cutout=(0, 32))
 ABLATIONS = {
@@ -95,10 +95,12 @@ ABLATIONS = {
     '2': {n: _CROP | dict(queue=q) for n, q in zip(QUEUES, (1/16, 1/4, 4, 1))} | {
           'Crop, rotation': _A | dict(cutout=(0, 32)), '+ jigsaw': _A | dict(cutout=(0, 32), jigsaw=4), '+ dropout': _A | dict(cutout=(0, 32), dropout=.2),
           '+ cutout': _A, '+ cutout, mixup': {}},
-    'theta': {f'θ {m}': dict(momentum=m) for m in (0., .9, .99, .999, .9999)}}
+    'theta': {f'θ {m}': dict(momentum=m) for m in (0., .9, .99, .999, .9999)},
+    'beyond': {'C2L': {}, **{f'False negatives masked ({m})': dict(false_negatives=m) for m in ('image', 'patient')},
+               'Decoupled': dict(decoupled=True)}}
 
 def ablation(
-    table:str, # '1', '2' or 'theta'
+    table:str, # '1', '2', 'theta' or 'beyond'
     row:str, # as in `ABLATIONS[table]`
     base:C2LConfig=C2LConfig(), # full C2L at the scale of the run: `paper()`, or `small(n_images, n_steps)`
 ) -> C2LConfig: # its loss, its queue and its augmentation
@@ -107,7 +109,7 @@ def ablation(
     changes = dict(ABLATIONS[table][row])
     return base.replace(queue_size=max(1, round(base.queue_size*changes.pop('queue', 1))), **changes)
 
-# %% ../nbs/32a_ablations.ipynb #920aa944
+# %% ../nbs/32a_ablations.ipynb #9b3e4c40
 @torch.no_grad()
 def pair_cosines(
     model:C2L, # in training mode

@@ -199,7 +199,7 @@ def about(self:C2LCheckpoint):
     "What must be equal in a run that goes on with this one"
     model, opt = get_model(self.learn.model), self.learn.opt
     config, fingerprint = self.shared['config'], self.shared['fingerprint']
-    if config is None: config = getattr(model, 'config', None)
+    if config is None and hasattr(model, 'config'): config = model.config.shared()
     return dict(config=_plain(config), fingerprint=_plain(fingerprint),
                 arch={k: list(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)},
                 optimiser=f"{type(getattr(opt, 'opt', opt)).__name__} of {[len(p) for p in opt.param_lists]} tensors")

@@ -6,7 +6,7 @@
 __all__ = ['ranks', 'mine', 'gather', 'shuffle', 'unshuffle', 'DistributedC2L', 'share_batches', 'rank0', 'setup', 'distributed',
            'run_mark']
 
-# %% ../nbs/25_distributed.ipynb #df4de8d8
+# %% ../nbs/25_distributed.ipynb #ed1ff4f0
 import os
 from contextlib import contextmanager
 import torch
@@ -18,7 +18,7 @@ from .phantom import seeded
 from .augment import C2LAugment, Draw
 from .model import C2L
 
-# %% ../nbs/25_distributed.ipynb #2bf101a5
+# %% ../nbs/25_distributed.ipynb #e30a30ce
 def ranks(
 ) -> tuple[int, int]: # number of this process, how many there are
     "(0, 1) where nothing is distributed."
@@ -40,7 +40,7 @@ def gather(
     dist.all_gather(parts, t.contiguous())
     return torch.cat(parts)
 
-# %% ../nbs/25_distributed.ipynb #45f8b7b7
+# %% ../nbs/25_distributed.ipynb #a34fd7ac
 def shuffle(
     x, # B×…, of this process
     ids, # a permutation of W·B, the same in all processes
@@ -52,11 +52,11 @@ def unshuffle(y, ids):
     "Undo `shuffle`, for what was computed from the rows."
     return shuffle(y, ids.argsort())
 
-# %% ../nbs/25_distributed.ipynb #d2fcd07e
+# %% ../nbs/25_distributed.ipynb #ba7d5fe0
 class DistributedC2L(C2L):
     "`C2L` as one of several processes, each with an equal part of every batch."
     distributed = True
-    _ddp_params_and_buffers_to_ignore = ('queue.feats', 'queue.ptr')         # read by DDP: gathering keeps them equal
+    _ddp_params_and_buffers_to_ignore = ('queue.feats', 'queue.ptr', 'queue.ids')   # read by DDP: gathering keeps them equal
 
     def gather(self, k): return gather(k)
 
@@ -78,7 +78,7 @@ class DistributedC2L(C2L):
         lam, perm = super().mix(ranks()[1]*n, g)
         return mine(lam) if lam.ndim else lam, mine(perm).argsort().argsort()
 
-# %% ../nbs/25_distributed.ipynb #778f60d3
+# %% ../nbs/25_distributed.ipynb #a7bec87c
 @contextmanager
 def share_batches(
     dl, # a fastai `DataLoader` with `bs` images a batch for all processes
@@ -96,7 +96,7 @@ def share_batches(
         for k in ours: del vars(dl)[k]
         vars(dl).update(before)
 
-# %% ../nbs/25_distributed.ipynb #529281c6
+# %% ../nbs/25_distributed.ipynb #6421ffd0
 def rank0(
     f, # to be called by process 0 alone
     *args, **kwargs
@@ -112,7 +112,7 @@ def rank0(
     if answer[1]: raise answer[1]
     return answer[0]
 
-# %% ../nbs/25_distributed.ipynb #73290437
+# %% ../nbs/25_distributed.ipynb #1d70ac86
 def setup(
 ) -> tuple[int, int]: # number of this process, how many there are
     "Join the processes that `torchrun` or `accelerate launch` started; nothing in a process of its own."
@@ -138,7 +138,7 @@ def _check(learn):
     if dl.bs % world: raise ValueError(f"a batch of {dl.bs} cannot be shared equally by {world} processes: take a multiple")
     if len(dl)*dl.bs > dl.n: raise ValueError(f"the last batch would hold {dl.n % dl.bs} images: use drop_last=True")
 
-# %% ../nbs/25_distributed.ipynb #af989a6b
+# %% ../nbs/25_distributed.ipynb #2bbb0f60
 @contextmanager
 def distributed(
     learn:Learner, # with `C2LCallback`; the train loader's `bs` is the batch of all processes together
@@ -159,7 +159,7 @@ def distributed(
             yield learn
     finally: model.__class__, learn.model = C2L, model
 
-# %% ../nbs/25_distributed.ipynb #a732d562
+# %% ../nbs/25_distributed.ipynb #663e8447
 def run_mark(
     fingerprint:str, # of the data
     learn:Learner, # with `C2LCallback`

@@ -5,36 +5,40 @@
 # %% auto #0
 __all__ = ['info_nce', 'c2l_loss']
 
-# %% ../nbs/15_loss.ipynb #85a1a2dc
+# %% ../nbs/15_loss.ipynb #711871a7
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from .feature_queue import share_id
 
-# %% ../nbs/15_loss.ipynb #682bb6bb
+# %% ../nbs/15_loss.ipynb #a1d0344c
 class _QueueLogSumExp(torch.autograd.Function):
-    "`log sum_i exp(q·feats_i/T)` a row; the gradient to `q` is summed in the same pass, none goes to `feats`."
+    "`log sum_i exp(q·feats_i/T)` a row, over the rows that share no id; the gradient to `q` is summed in the same pass."
     @staticmethod
-    def forward(ctx, q, feats, temperature, chunk=2048):
-        top, total, mean = q.new_full((len(q), 1), -torch.inf), q.new_zeros(len(q), 1), torch.zeros_like(q)
-        for part in feats.split(chunk):
+    def forward(ctx, q, feats, temperature, chunk=2048, ids=None, theirs=None):
+        least = torch.finfo(q.dtype)                                          # not -inf: all of a piece may be left out
+        top, total, mean = q.new_full((len(q), 1), least.min), q.new_zeros(len(q), 1), torch.zeros_like(q)
+        for i, part in enumerate(feats.split(chunk)):
             logits = (q @ part.T).div_(temperature)                           # B×chunk
+            if ids is not None: logits.masked_fill_(share_id(ids, theirs[i*chunk:(i + 1)*chunk]), -torch.inf)
             new_top = torch.maximum(top, logits.amax(1, keepdim=True))
             weights, rescale = logits.sub_(new_top).exp_(), (top - new_top).exp()
             total, top = total*rescale + weights.sum(1, keepdim=True), new_top
             mean.mul_(rescale).addmm_(weights, part)
-        ctx.save_for_backward(mean/(total*temperature))
+        ctx.save_for_backward(mean/(total.clamp(min=least.tiny)*temperature))
         return (top + total.log()).squeeze(1)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad): return grad[:, None]*ctx.saved_tensors[0], None, None, None
+    def backward(ctx, grad): return grad[:, None]*ctx.saved_tensors[0], None, None, None, None, None
 
-# %% ../nbs/15_loss.ipynb #66edbcf8
+# %% ../nbs/15_loss.ipynb #ae310fbf
 def _unit(v): return F.normalize(v if v.dtype == torch.float64 else v.float(), dim=1)
 
-def _cross_entropy(q, k, neg, temperature):
+def _cross_entropy(q, k, neg, temperature, decoupled=False):
     pos = (q*k).sum(1)/temperature
+    if decoupled: return torch.where(neg.isneginf(), 0., neg - pos).mean()
     return (torch.logaddexp(pos, neg) - pos).mean()
 
 def info_nce(
@@ -42,13 +46,27 @@ def info_nce(
     k:Tensor, # B×D, the teacher's features of the same images
     feats:Tensor, # N×D, the queue's unit rows
     temperature:float=.07, # divides the cosines; released code (the paper gives none)
+    decoupled:bool=False, # leave `k` out of the sum? Yeh et al. 2022
+    ids:Tensor|None=None, # B or B×2, of the queries; with `queue_ids`, rows that share one are left out
+    queue_ids:Tensor|None=None, # N or N×2, of `feats`
 ) -> Tensor: # scalar, mean over the batch
     "Cross entropy of finding `k` among itself and the queue (paper eq. 3, Algorithm 1 line 12)."
     with torch.autocast(q.device.type, enabled=False):
         q, k = _unit(q), _unit(k)
-        return _cross_entropy(q, k, _QueueLogSumExp.apply(q, feats.to(q), temperature), temperature)
+        neg = _QueueLogSumExp.apply(q, feats.to(q), temperature, 2048, ids, queue_ids)
+        return _cross_entropy(q, k, neg, temperature, decoupled)
 
-# %% ../nbs/15_loss.ipynb #7792caf8
+# %% ../nbs/15_loss.ipynb #043c2cc4
+def _crowds(q, q_mix, feats, temperature, ids, queue_ids):
+    "The log-sum-exp of each term: one product where there is one queue"
+    crowd = lambda a, f, own, theirs: _QueueLogSumExp.apply(a, f.to(q), temperature, 2048, own, theirs)
+    if isinstance(feats, Tensor):
+        neg, neg_mix = crowd(torch.cat([q, q_mix]), feats, ids and torch.cat(ids), queue_ids).chunk(2)
+        return neg, neg_mix, neg_mix
+    own = ids and (ids[0], ids[1], ids[1]) or (None,)*3
+    return [crowd(*each) for each in zip((q, q_mix, q_mix), feats, own, queue_ids or (None,)*3)]
+
+# %% ../nbs/15_loss.ipynb #e22a3b71
 def c2l_loss(
     q:Tensor, # B×D, student on view 1
     q_mix:Tensor|None, # B×D, student on mixed view 1; None leaves loss_A alone
@@ -59,14 +77,16 @@ def c2l_loss(
     temperature:float=.07, # released code
     weights:tuple=(1., 1., 1.), # of loss_A and the two halves of loss_M; the paper adds them up
     reduction:str='sum', # 'sum' (Algorithm 1 line 15, over the batch's mean) or 'mean' of the three (released code)
+    decoupled:bool=False, # leave the partner out of the sum, in all three terms?
+    ids:tuple|None=None, # of q and of q_mix, each B×2; with `queue_ids`, rows that share one are left out
+    queue_ids:Tensor|tuple|None=None, # N×2, of `feats`; three where there are three queues
 ) -> Tensor: # scalar
     "The loss of C2L (Algorithm 1, lines 12 to 15, divided by the batch size)."
-    if q_mix is None: return weights[0]*info_nce(q, k, feats, temperature)
+    if q_mix is None: return weights[0]*info_nce(q, k, feats, temperature, decoupled, ids and ids[0], queue_ids)
     with torch.autocast(q.device.type, enabled=False):
         q, q_mix, k, k_mix, k_feat = map(_unit, (q, q_mix, k, k_mix, k_feat))
-        crowd = lambda a, f: _QueueLogSumExp.apply(a, f.to(q), temperature)
-        if isinstance(feats, Tensor): neg, neg_mix = crowd(torch.cat([q, q_mix]), feats).chunk(2); negs = neg, neg_mix, neg_mix
-        else: negs = [crowd(a, f) for a, f in zip((q, q_mix, q_mix), feats)]
-        terms = [_cross_entropy(a, b, neg, temperature) for a, b, neg in zip((q, q_mix, q_mix), (k, k_mix, k_feat), negs)]
+        negs = _crowds(q, q_mix, feats, temperature, ids, queue_ids)
+        pairs = zip((q, q_mix, q_mix), (k, k_mix, k_feat), negs)
+        terms = [_cross_entropy(a, b, neg, temperature, decoupled) for a, b, neg in pairs]
         total = sum(w*term for w, term in zip(weights, terms))
         return total/3 if reduction == 'mean' else total

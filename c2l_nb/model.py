@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['C2LConfig', 'config_diff', 'C2L']
 
-# %% ../nbs/16_model.ipynb #d8e71ae2
+# %% ../nbs/16_model.ipynb #bc1ff022
 import dataclasses, math
 from dataclasses import dataclass, fields
 import pandas as pd, torch
+from fastcore.basics import patch
 from torch import nn
 from .phantom import seeded
 from .augment import C2LAugment
 from .mixup import sample_mix, mixup
 from .encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, Prepare, ProjectionHead, feature_width, in_channels
 from .teacher import EMATeacher
-from .feature_queue import FeatureQueue
+from .feature_queue import FeatureQueue, share_id
 from .loss import c2l_loss
 
-# %% ../nbs/16_model.ipynb #fb4af7b9
+# %% ../nbs/16_model.ipynb #d31726f0
 @dataclass(frozen=True)
 class C2LConfig:
     "Every choice of a C2L run; the defaults are the paper's."
@@ -60,11 +61,14 @@ class C2LConfig:
     mom:float = .9                     # of SGD; released code, the paper is silent
     schedule:str = 'step'              # lr: 'step' ÷10 at 1/2, 2/3, 5/6 of the run (paper) or 'cosine'
     warmup:float = 0.                  # share of the run in which lr rises from 0; paper: none
+    false_negatives:str = 'keep'       # rows of the query's own 'image' or 'patient': 'keep' (paper), else left out (notebook 17)
+    decoupled:bool = False             # is the partner left out of the sum? paper: no; Yeh et al. 2022 (notebook 17)
     seed:int = 0                       # of every draw that is ours
 
     def __post_init__(self):
         allowed = dict(head=('linear', 'mlp'), loss_reduction=('sum', 'mean'), queue_update=('after', 'sequential'),
-                       lam_per=('batch', 'sample'), feat_mix=('raw', 'unit'), bn=('shuffle', 'sync', 'local'), schedule=('step', 'cosine'))
+                       lam_per=('batch', 'sample'), feat_mix=('raw', 'unit'), bn=('shuffle', 'sync', 'local'),
+                       schedule=('step', 'cosine'), false_negatives=('keep', 'image', 'patient'), decoupled=(False, True))
         for name, values in allowed.items():
             if getattr(self, name) not in values: raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
         if not set(self.enqueue) <= {'A', 'M', 'mix'}: raise ValueError(f"enqueue takes 'A', 'M' and 'mix', got {self.enqueue}")
@@ -77,10 +81,17 @@ class C2LConfig:
         if unknown: raise ValueError(f"C2LConfig has no field {unknown}; it has {[f.name for f in fields(self)]}")
         return dataclasses.replace(self, **{k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()})
 
+    def shared(self):
+        "Fields that a resumed run must share; the two that came last only where used, so that older runs still resume"
+        same = {f.name for f in fields(self) if getattr(self, f.name) == f.default} & {'false_negatives', 'decoupled'}
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in same}
+
     @property
     def mixes(self): return any(self.loss_weights[1:])  # are mixed images needed at all?
+    @property
+    def masks(self): return self.false_negatives != 'keep'  # are ids needed?
 
-# %% ../nbs/16_model.ipynb #2cb5870b
+# %% ../nbs/16_model.ipynb #7cfd8a28
 def _paper(cls, **changes): return cls().replace(**changes)
 
 def _official(cls, **changes):
@@ -103,7 +114,7 @@ for f, doc in ((_paper, "As in the paper, with the released code's value where t
     f.__doc__ = doc
     setattr(C2LConfig, f.__name__[1:], classmethod(f))
 
-# %% ../nbs/16_model.ipynb #1c22c9bb
+# %% ../nbs/16_model.ipynb #97b74f75
 def config_diff(
     a:C2LConfig, # for instance `C2LConfig.paper()`
     b:C2LConfig, # for instance `C2LConfig.official()`
@@ -112,7 +123,7 @@ def config_diff(
     rows = {f.name: (getattr(a, f.name), getattr(b, f.name)) for f in fields(a)}
     return pd.DataFrame({k: v for k, v in rows.items() if v[0] != v[1]}, index=['a', 'b']).T
 
-# %% ../nbs/16_model.ipynb #6b1b9860
+# %% ../nbs/16_model.ipynb #4b804d3e
 class C2L(nn.Module):
     "Student, teacher and queue around `backbone`, which is trained in place."
     distributed = False                                      # one of several processes? Then notebook 25 has a subclass
@@ -127,7 +138,7 @@ class C2L(nn.Module):
         self.prepare = Prepare(config.mean, config.std, in_channels(backbone), normalised)
         self.student = Encoder(backbone, head)
         self.teacher = EMATeacher(self.student, config.momentum, config.teacher_bn, config.ema_buffers)
-        self.queue   = FeatureQueue(config.queue_size, config.dim, config.queue_init, seeded(config.seed))
+        self.queue   = FeatureQueue(config.queue_size, config.dim, config.queue_init, seeded(config.seed), config.masks)
 
     def get_extra_state(self): return torch.tensor([self.config.seed, self.seen])
     def set_extra_state(self, state): self.config, self.seen = self.config.replace(seed=int(state[0])), int(state[1])
@@ -158,21 +169,60 @@ class C2L(nn.Module):
         if self.config.mix_views: two = mixup(two[0], *mix[:2]), mixup(two[1], *mix[-2:])
         return *two, *mix
 
-    def loss(self, q, q_mix, k, k_mix, k_feat):
-        "The loss of C2L against the queue"
-        c, feats = self.config, self.queue.feats
-        if c.queue_update == 'sequential' and c.mixes:
-            k_all = self.gather(k)
-            feats = feats, self.queue.peek(k_all), self.queue.peek(k_all, self.gather(k_mix))
-        return c2l_loss(q, q_mix if c.mixes else None, k, k_mix, k_feat, feats, c.temperature, c.loss_weights, c.loss_reduction)
-
-    def keys(self, q, q_mix, k, k_mix, k_feat):
-        "What goes into the queue, in order"
-        named = dict(A=k, M=k_mix, mix=k_feat)
-        return [self.gather(named[name].detach()) for name in self.config.enqueue]
-
     def augmentation(self, size):
         "The augmentation of the config, for views of `size` px"
         c = self.config
         return C2LAugment(c.size or size, crop=c.crop, rotation=c.rotation, flip=c.flip, cutout=c.cutout, jitter=c.jitter,
                           grayscale=c.grayscale, jigsaw=c.jigsaw, dropout=c.dropout, corners=c.corners)
+
+# %% ../nbs/16_model.ipynb #ca46d459
+@patch
+def loss(self:C2L, q, q_mix, k, k_mix, k_feat,
+    ids=None, # B×5×2, of `partners`; needed where false negatives are left out, else ignored
+):
+    "The loss of C2L against the queue; ValueError where ids are missing"
+    c, feats, theirs, own = self.config, self.queue.feats, self.queue.ids, None
+    if c.masks:
+        if ids is None: raise ValueError(f"false_negatives={c.false_negatives!r}: loss(*five, ids=model.partners(ids, *mix))")
+        own = ids[:, 0], ids[:, 1]
+    if c.queue_update == 'sequential' and c.mixes:
+        keys = self.gather(k), self.gather(k_mix)
+        feats = feats, self.queue.peek(keys[0]), self.queue.peek(*keys)
+        if c.masks:
+            theirs, new = (theirs,), [self.gather(ids[:, 2]), self.gather(ids[:, 3])]
+            theirs += self.queue.peek_ids(new[0]), self.queue.peek_ids(*new)
+    return c2l_loss(q, q_mix if c.mixes else None, k, k_mix, k_feat, feats, c.temperature, c.loss_weights, c.loss_reduction,
+                    c.decoupled, own, theirs)
+
+# %% ../nbs/16_model.ipynb #2a808c76
+@patch
+def keys(self:C2L, q, q_mix, k, k_mix, k_feat):
+    "What goes into the queue, in order"
+    named = dict(A=k, M=k_mix, mix=k_feat)
+    return [self.gather(named[name].detach()) for name in self.config.enqueue]
+
+@patch
+def key_ids(self:C2L,
+    ids, # B×5×2, of `partners`, or None
+):
+    "Their ids; None for none"
+    return None if ids is None else [self.gather(ids[:, dict(A=2, M=3, mix=4)[name]]) for name in self.config.enqueue]
+
+# %% ../nbs/16_model.ipynb #6ad80041
+@patch
+def partners(self:C2L,
+    ids, # B, int64: of the image or of the patient; negative: unknown
+    lam, perm, lam2=None, perm2=None, # what `views` returned beside the views
+): # B×5×2
+    "The ids of the two images in each of q, q_mix, k, k_mix, k_feat."
+    alone, mix = torch.stack([ids, ids], 1), torch.stack([ids, ids[perm]], 1)
+    mix2 = mix if perm2 is None else torch.stack([ids, ids[perm2]], 1)
+    return torch.stack([mix, mix, mix2, mix2, mix2] if self.config.mix_views else [alone, mix, alone, mix2, mix2], 1)
+
+@patch
+def false_negatives(self:C2L,
+    ids, # B×5×2, of `partners`
+): # B×2, or B×1 without mixing
+    "How many rows of the queue share an id with each of q and q_mix."
+    of = ids.unbind(1)[:2 if self.config.mixes else 1]
+    return torch.stack([sum(share_id(i, part).sum(1) for part in self.queue.ids.split(2048)) for i in of], 1)

@@ -6,7 +6,7 @@
 __all__ = ['load_data', 'probe_labels', 'probe_rows', 'Precision', 'Snapshots', 'choose_config', 'compare_probes', 'pretrain',
            'finish', 'main']
 
-# %% ../nbs/27_pretrain.ipynb #c25d8814
+# %% ../nbs/27_pretrain.ipynb #d5c70d24
 import dataclasses, json, platform, shlex, sys, tempfile, warnings
 from pathlib import Path
 import fastai, numpy as np, pandas as pd, torch, torchvision
@@ -19,10 +19,10 @@ from torch.amp import GradScaler, autocast
 from . import __version__
 from .phantom import phantom_batch, seeded
 from .datasets import DataError, fingerprint, label_matrix
-from .cache import RadiographCache, build_cache, labelled_dls, pretrain_dls, read_items, to_square
+from .cache import RadiographCache, build_cache, labelled_dls, patient_ids, pretrain_dls, read_items, to_square
 from .encoder import create_encoder
 from .model import C2LConfig
-from .callback import C2LCallback, CosineDecay, StepDecay, c2l_opt
+from .callback import C2LCallback, CosineDecay, CountFalseNegatives, StepDecay, c2l_opt
 from .metrics import auroc_table, paired_difference
 from .embed import extract_features, linear_probe, plot_embedding, umap_coords
 from .health import CollapseGuard, HealthCallback, OnlineProbe, plot_health
@@ -32,7 +32,7 @@ from .distributed import distributed, rank0, run_mark, setup
 from .weights import export_backbone, load_backbone, read_card
 from .report import facts, picture, png_tag, table as html_table, write_report
 
-# %% ../nbs/27_pretrain.ipynb #d2ad2442
+# %% ../nbs/27_pretrain.ipynb #b0413789
 def load_data(
     data:str, # 'phantoms', a folder, an index CSV, or a cache of `c2l_cache`
     size:int, # side of the squares to keep, px
@@ -58,7 +58,7 @@ def _phantoms(n, size, progress):
     split = np.where(share < 3, 'train', np.where(share < 4, 'valid', 'test'))
     return images[:, 0].numpy(), rows.assign(split=split, source='phantoms'), f'phantoms {__version__} n={n} size={size}'
 
-# %% ../nbs/27_pretrain.ipynb #f767f6d4
+# %% ../nbs/27_pretrain.ipynb #5bb7a589
 def probe_labels(
     rows:pd.DataFrame, # with `split` and `labels`
     least:int=5, # positives and negatives that a label must have in train and in valid
@@ -73,7 +73,7 @@ def probe_labels(
         ok &= (part.sum(0) >= least) & ((1 - part).sum(0) >= least)
     return [n for n, good in zip(names, ok) if good]
 
-# %% ../nbs/27_pretrain.ipynb #b959da3d
+# %% ../nbs/27_pretrain.ipynb #c7e5ac81
 def probe_rows(
     rows:pd.DataFrame, # with `split` and `labels`; '' means that nothing is known, 'No Finding' that nothing was found
     split:str, # train, valid or test
@@ -83,7 +83,7 @@ def probe_rows(
     at = np.flatnonzero((rows.split == split) & rows.labels.fillna('').ne(''))
     return np.sort(at[torch.randperm(len(at), generator=seeded(0)).numpy()[:most]])
 
-# %% ../nbs/27_pretrain.ipynb #eae54118
+# %% ../nbs/27_pretrain.ipynb #fc6cbb18
 class Precision(MixedPrecision):
     "fastai's mixed precision, on the device of the model."
     def before_fit(self):
@@ -91,7 +91,7 @@ class Precision(MixedPrecision):
         self.autocast, self.scales = autocast(device, dtype=dtype), []
         self.learn.scaler = GradScaler(device, enabled=dtype == torch.float16)
 
-# %% ../nbs/27_pretrain.ipynb #d85e11cc
+# %% ../nbs/27_pretrain.ipynb #54c46332
 class Snapshots(Callback):
     "Keep the backbone every `every` epochs, the untrained one included, as `folder/epoch-0010.safetensors`."
     order = 80
@@ -111,7 +111,7 @@ class Snapshots(Callback):
     def after_train(self):
         if (self.epoch + 1) % self.every == 0: self._keep(self.epoch + 1)
 
-# %% ../nbs/27_pretrain.ipynb #104c1715
+# %% ../nbs/27_pretrain.ipynb #c9c9cbef
 def choose_config(
     config:str, # 'auto', 'paper', 'official', 'moco', 'small', 'small_moco', or the config.json of a run
     n_images:int, # in the pool
@@ -133,7 +133,7 @@ def choose_config(
         raise ValueError(f"config must be auto, paper, official, moco, small, small_moco or a config.json, got {config!r}")
     return C2LConfig().replace(**(json.loads(Path(config).read_text())['config'] | changes))
 
-# %% ../nbs/27_pretrain.ipynb #8c1c7a44
+# %% ../nbs/27_pretrain.ipynb #7e5c0218
 def _curves(log):
     fig, axs = plt.subplots(1, 2, figsize=(7, 2.3), layout='constrained')
     for ax, col in zip(axs, ('train_loss', 'knn')):
@@ -149,7 +149,7 @@ def _report(out, about, log, probe):
         'Map of the features': png_tag((out/'embedding.png').read_bytes()), 'Settings': html_table(settings),
         'Data and versions': facts(about['data'] | about['versions'])})
 
-# %% ../nbs/27_pretrain.ipynb #b39a338d
+# %% ../nbs/27_pretrain.ipynb #1ebc00a1
 def compare_probes(
     bodies:dict, # name -> `C2L` model or body that prepares its own pixels
     images:np.ndarray, # N×S×S uint8, at the views' size
@@ -167,7 +167,7 @@ def compare_probes(
     first, second = list(scores.values())[:2]
     return table, paired_difference(y[test], first, second, groups[test], labels), feats
 
-# %% ../nbs/27_pretrain.ipynb #0c10c791
+# %% ../nbs/27_pretrain.ipynb #32996a42
 def _check(out, resume, arch, precision, save_every, **numbers):
     "Refuse what cannot work; returns the folder"
     out = Path(out)
@@ -193,7 +193,7 @@ def _about(config, arch, rows, mark, data, versions=(torch, torchvision, fastai,
 
 def _squares(images, at, size): return np.stack([to_square(images[i], size) for i in at])
 
-# %% ../nbs/27_pretrain.ipynb #271667a8
+# %% ../nbs/27_pretrain.ipynb #7d664c64
 def _probe_dls(images, rows, labels, size):
     "The labelled images of train and valid, for `OnlineProbe`"
     y, parts = label_matrix(rows, labels), [probe_rows(rows, split) for split in ('train', 'valid')]
@@ -204,22 +204,24 @@ def _learner(out, config, arch, images, rows, labels, mark, precision, save_ever
     set_seed(config.seed)
     decay = (StepDecay if config.schedule == 'step' else CosineDecay)(warmup=config.warmup)
     cbs = [C2LCallback(config), HealthCallback(), CollapseGuard(), ChannelsLast(), decay]
+    if config.masks: cbs.append(CountFalseNegatives())
     if labels: cbs.append(OnlineProbe(_probe_dls(images, rows, labels, config.size)))
     if precision != 'fp32': cbs.append(Precision(precision))
-    dls = pretrain_dls(images, config.batch_size, config.seed, rows=(rows.split == 'train').values)
+    ids = patient_ids(rows) if config.false_negatives == 'patient' else None
+    dls = pretrain_dls(images, config.batch_size, config.seed, rows=(rows.split == 'train').values, ids=ids)
     learn = Learner(dls, create_encoder(arch, channels=1), opt_func=c2l_opt, wd=config.wd, lr=config.lr, cbs=cbs, path=out)
-    shared = dataclasses.asdict(config) | dict(arch=arch, precision=precision)
+    shared = config.shared() | dict(arch=arch, precision=precision)
     learn.add_cb(C2LCheckpoint(out, shared, run_mark(mark, learn), minutes=save_every))
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #d24c5906
+# %% ../nbs/27_pretrain.ipynb #01009554
 def _announce(about, config, labels):
     "What is about to be done"
     probe = f"probing {', '.join(labels)}" if labels else "no probe: no label has 5 images with and 5 without it in train and in valid"
     return (f"{about['data']['images']:,} images to train on, batch {config.batch_size}, queue {config.queue_size}, "
             f"momentum {config.momentum:.4g}, {config.epochs} epochs; {probe}")
 
-# %% ../nbs/27_pretrain.ipynb #775e1e46
+# %% ../nbs/27_pretrain.ipynb #3bb6d9e8
 def pretrain(
     data:str='phantoms', # 'phantoms', a folder of radiographs, or an index CSV (file, patient, split, labels)
     out:str='c2l_run', # folder for everything the run leaves; new, unless `resume`
@@ -261,14 +263,14 @@ def pretrain(
     if first: finish(learn, out, about, images, rows, labels)
     return learn
 
-# %% ../nbs/27_pretrain.ipynb #722633b1
+# %% ../nbs/27_pretrain.ipynb #80dc2b9e
 def _card(about):
     "What a backbone file says of itself"
     return {k: about[k] for k in ('arch', 'config', 'data', 'versions')} | dict(
         size=about['config']['size'], use="features of radiographs, for fine-tuning and research; not a medical device",
         limits="learned from the data named here only")
 
-# %% ../nbs/27_pretrain.ipynb #1a4ddee5
+# %% ../nbs/27_pretrain.ipynb #652d082a
 def _probe(learn, about, images, rows, labels, out):
     "HTML of the probe against a fresh network of the same seed; also printed, and kept as probe.csv"
     if not labels: return ''
@@ -284,7 +286,7 @@ def _probe(learn, about, images, rows, labels, out):
     return ('<p>Area under the ROC curve on the validation patients, with 95 % intervals that resample patients.</p>' + html_table(table) +
             '<p>C2L minus untrained, the same images:</p>' + html_table(difference.rename(columns=dict(auroc_a='C2L', auroc_b='untrained'))))
 
-# %% ../nbs/27_pretrain.ipynb #d26dbcf1
+# %% ../nbs/27_pretrain.ipynb #97ac44c1
 def _map(learn, images, rows, out, most=1000):
     "embedding.png: images that were not trained on, or any if there are no others"
     rest = np.flatnonzero((rows.split != 'train').values) if (rows.split != 'train').any() else np.arange(len(rows))
@@ -294,7 +296,7 @@ def _map(learn, images, rows, out, most=1000):
     names = rows.iloc[pick].labels.fillna('').str.split('|').str[0] if 'labels' in rows else None
     plot_embedding(umap_coords(feats), names, ax=ax); fig.savefig(out/'embedding.png', dpi=80, bbox_inches='tight'); plt.close(fig)
 
-# %% ../nbs/27_pretrain.ipynb #02cda277
+# %% ../nbs/27_pretrain.ipynb #c9e3169a
 def finish(
     learn:Learner, # after training
     out:Path, # run folder
@@ -309,7 +311,7 @@ def finish(
     _map(learn, images, rows, out)
     _report(out, about, pd.read_csv(out/'log.csv'), probe)
 
-# %% ../nbs/27_pretrain.ipynb #c2686e0c
+# %% ../nbs/27_pretrain.ipynb #a1c93b5a
 def _number(text):
     "A value of --set: number, comma-separated numbers, true or false, or text"
     if ',' in text: return tuple(_number(t) for t in text.split(',') if t)
@@ -330,22 +332,23 @@ def main(
     config:str='auto', # auto, paper, official (released code), moco, small, small_moco, or a config.json; auto: small below 100,000 images, else paper
     seed:int=0, # Of all draws
     precision:str='fp32', # fp32, bf16 or fp16
-    n_phantoms:int=1024, # Phantoms to draw
+    phantoms:int=1024, # Phantoms to draw
     resume:bool=False, # Go on with the run in --out at the batch after its last checkpoint, with the same settings
     where:str='', # Rows of an index CSV to take, as body_part=chest
     snapshots:int=0, # Keep the backbone every so many epochs
     cache:str='', # Folder for the squares of a folder or index CSV; default OUT-cache, beside the run
-    save_every:float=10., # Minutes between checkpoints within an epoch; each epoch's end has one besides
+    minutes:float=10., # Minutes between checkpoints within an epoch; each epoch's end has one besides
     set:str='', # Further fields of C2LConfig, as "queue_size=4096 momentum=0.99 crop=0.4,1"
 ):
     "Pretrain a backbone on radiographs without labels, by comparing image representations (C2L)"
-    phantoms = data == 'phantoms'
+    drawn = data == 'phantoms'
     try:
         if any('=' not in pair for pair in set.split()): raise ValueError(f"--set takes field=value pairs, got {set!r}")
         changes = {k: _number(v) for k, v in (pair.split('=', 1) for pair in set.split())}
         own = [k for k in changes if k in ('size', 'lr', 'seed', 'epochs', 'batch_size')]
         if own: raise ValueError(f"{own[0]} has an option of its own, --{own[0].replace('_size', '')}: use that in place of --set")
-        pretrain(data, out, arch, (48 if phantoms else 224) if size is None else size,
-                 16 if epochs is None and phantoms else epochs, batch, lr, config, seed, precision, n_phantoms, resume, where, snapshots, cache, save_every, **changes)
+        pretrain(data, out, arch, (48 if drawn else 224) if size is None else size,
+                 16 if epochs is None and drawn else epochs, batch, lr, config, seed, precision, phantoms,
+                 resume, where, snapshots, cache, minutes, **changes)
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_pretrain: {e}") from e
     if not rank_distrib(): print(f"Wrote {out}: see report.html; the backbone is backbone.safetensors")

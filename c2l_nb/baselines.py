@@ -6,7 +6,7 @@
 __all__ = ['STAGES', 'LITE0_STATS', 'maps', 'Decoder', 'bezier', 'bend', 'shuffle', 'blocks', 'GenesisConfig', 'genesis',
            'Genesis', 'GenesisCallback', 'genesis_learner', 'pretrain_genesis', 'imagenet_lite0']
 
-# %% ../nbs/32_baselines.ipynb #bad116b6
+# %% ../nbs/32_baselines.ipynb #768f5dc7
 import json, warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,16 +22,16 @@ from .callback import CosineDecay, c2l_opt
 from .embed import eval_mode
 from .checkpoint import C2LCheckpoint, resume as resume_run
 from .weights import WeightsError, export_backbone, write_atomically
-from .pretrain import load_data
+from .pretrain import Precision, load_data
 
-# %% ../nbs/32_baselines.ipynb #eede84aa
+# %% ../nbs/32_baselines.ipynb #e769d229
 STAGES = dict(resnet=['relu', 'layer1', 'layer2', 'layer3', 'layer4'],       # the last map of each resolution, 1/2 to 1/32
               densenet=['features.relu0', 'features.denseblock1', 'features.denseblock2', 'features.denseblock3', 'features.norm5'])
 
-# %% ../nbs/32_baselines.ipynb #9f4effd9
+# %% ../nbs/32_baselines.ipynb #5474878c
 def _block(i, o): return nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.BatchNorm2d(o), nn.ReLU())
 
-# %% ../nbs/32_baselines.ipynb #f3699b11
+# %% ../nbs/32_baselines.ipynb #94837d44
 def maps(
     backbone:nn.Module, # of `create_encoder`, a ResNet or a DenseNet
     x:Tensor, # B×C×H×W, prepared
@@ -46,7 +46,7 @@ def maps(
         for h in hooks: h.remove()
     return found
 
-# %% ../nbs/32_baselines.ipynb #a6bc99f3
+# %% ../nbs/32_baselines.ipynb #5b7478f0
 class Decoder(nn.Module):
     "A light U-Net decoder: the maps of a body to an image in 0..1"
     def __init__(self,
@@ -63,9 +63,9 @@ class Decoder(nn.Module):
         grow = lambda h, hw: F.interpolate(h, size=hw, mode='bilinear', align_corners=False)
         *skips, h = fine_to_coarse
         for up, s in zip(reversed(self.up), reversed(skips)): h = up(torch.cat([grow(h, s.shape[-2:]), s], 1))
-        return self.last(grow(h, size)).sigmoid()
+        return self.last(grow(h, size)).float().sigmoid()          # grey values need more than bf16's 8 bits
 
-# %% ../nbs/32_baselines.ipynb #5b78fed2
+# %% ../nbs/32_baselines.ipynb #edbe41b9
 def bezier(
     p:Tensor, # B×2×2: two control points, x and y of each, in 0..1
     n:int=256, # places on the curve
@@ -75,7 +75,7 @@ def bezier(
     basis = torch.stack([3*(1 - t)**2*t, 3*(1 - t)*t**2])                       # 2×n
     return p.transpose(1, 2)@basis + t**3
 
-# %% ../nbs/32_baselines.ipynb #842224a3
+# %% ../nbs/32_baselines.ipynb #14718b3d
 def bend(
     x:Tensor, # B×1×H×W in 0..1
     curve:Tensor, # B×2×n, of `bezier`
@@ -88,7 +88,7 @@ def bend(
     x0, x1, y0, y1 = xs.gather(1, i - 1), xs.gather(1, i), ys.gather(1, i - 1), ys.gather(1, i)
     return torch.lerp(y0, y1, ((v - x0)/(x1 - x0).clamp_min(1e-9)).clamp(0, 1)).view_as(x)
 
-# %% ../nbs/32_baselines.ipynb #76fa61fc
+# %% ../nbs/32_baselines.ipynb #7bd0020b
 def _local(n, shape, g):
     "For each pixel of B×H×W, along an axis of n px: how far away the value comes from that it gets"
     def uniform(): return torch.rand(shape, generator=g)
@@ -108,7 +108,7 @@ def shuffle(
     j = torch.arange(w) + _local(w, (b, h, w), g)
     return x.flatten(1).gather(1, (i*w + j).flatten(1).to(x.device)).view_as(x)
 
-# %% ../nbs/32_baselines.ipynb #c6cb421f
+# %% ../nbs/32_baselines.ipynb #e9112943
 def blocks(
     shape:tuple, # B, H, W
     small:float, # least side of a block, as a share of the image's
@@ -127,7 +127,7 @@ def blocks(
         return (torch.arange(s) >= start) & (torch.arange(s) < start + side)            # B×n×s
     return (inside(h)[..., None] & inside(w)[:, :, None] & go.cumprod(1).bool()[..., None, None]).any(1)
 
-# %% ../nbs/32_baselines.ipynb #851bdfc0
+# %% ../nbs/32_baselines.ipynb #c84e02e8
 @dataclass(frozen=True)
 class GenesisConfig:
     "Every choice of a Model Genesis run; rates as the authors' pytorch/config.py."
@@ -148,7 +148,7 @@ class GenesisConfig:
     warmup:float = .02         # share of the run in which lr rises
     seed:int = 0               # of every draw that is ours
 
-# %% ../nbs/32_baselines.ipynb #28863097
+# %% ../nbs/32_baselines.ipynb #6bbd974e
 def genesis(
     y:Tensor, # B×1×H×W in 0..1
     c:GenesisConfig=GenesisConfig(), # the rates
@@ -168,7 +168,7 @@ def genesis(
     around = torch.where(blocks(y[:, 0].shape, 3/7, 4/7, g).to(y.device)[:, None], x, noise)
     return choose(c.paint, choose(c.outpaint, around, into), x), y
 
-# %% ../nbs/32_baselines.ipynb #6462ff40
+# %% ../nbs/32_baselines.ipynb #b8218cb9
 class Genesis(nn.Module):
     "A body that is trained in place, and its decoder: restored images in training, features B×F in evaluation"
     def __init__(self,
@@ -189,7 +189,7 @@ class Genesis(nn.Module):
         x = self.prepare(x)
         return self.decoder(maps(self.student.backbone, x), x.shape[-2:]) if self.training else self.student.features(x)
 
-# %% ../nbs/32_baselines.ipynb #63026a11
+# %% ../nbs/32_baselines.ipynb #acadb488
 class GenesisCallback(Callback):
     "Train the body given to `Learner` by restoring spoiled images; with `loss_func=F.mse_loss`"
     order = 12                                                      # after MixedPrecision (10)
@@ -210,28 +210,42 @@ class GenesisCallback(Callback):
         if not self.training: self.learn.yb = (); return
         x, c, g = self.xb[0], self.config, seeded(self.config.seed, 1, get_model(self.model).seen)
         crop = C2LAugment(c.size or x.shape[-1], crop=c.crop, rotation=0., flip=0., cutout=(0, 1))
-        bad, good = genesis(crop(x.as_subclass(Tensor), g), c, g)
+        with torch.autocast(x.device.type, enabled=False): bad, good = genesis(crop(x.as_subclass(Tensor), g), c, g)
         self.learn.xb, self.learn.yb = (bad,), (good,)
 
     def after_batch(self):
         "Count"
         if self.training: get_model(self.model).seen += 1
 
-# %% ../nbs/32_baselines.ipynb #7f817b49
+# %% ../nbs/32_baselines.ipynb #83719c99
 def genesis_learner(
     images, # N×S×S uint8
     config:GenesisConfig, # every choice
     arch:str='resnet18', # or densenet121: a body of `create_encoder` that `maps` knows
     rows=None, # positions or mask of the images to take; None: all
     path=None, # of the run folder
+    precision:str='fp32', # fp32, bf16 or fp16
 ) -> Learner: # to fit
     "A `Learner` that trains Model Genesis as C2L is trained at small scale: SGD, a warm-up, half a cosine"
     torch.manual_seed(config.seed)
     cbs = [GenesisCallback(config), ChannelsLast(), CosineDecay(warmup=config.warmup)]
-    return Learner(pretrain_dls(images, config.batch_size, config.seed, rows=rows), create_encoder(arch, channels=1), loss_func=F.mse_loss,
-                   opt_func=c2l_opt, wd=config.wd, lr=config.lr, cbs=cbs, path=path)
+    if precision != 'fp32': cbs.append(Precision(precision))
+    dls = pretrain_dls(images, config.batch_size, config.seed, rows=rows)
+    return Learner(dls, create_encoder(arch, channels=1), loss_func=F.mse_loss, opt_func=c2l_opt, wd=config.wd,
+                   lr=config.lr, cbs=cbs, path=path)
 
-# %% ../nbs/32_baselines.ipynb #da58951f
+# %% ../nbs/32_baselines.ipynb #4487012c
+def _begun(out, resume):
+    "Is there a run to go on with? ValueError if there is one and nobody said so"
+    if resume or not out.exists() or not any(out.iterdir()): return any((out/'checkpoint').glob('step-*'))
+    raise ValueError(f"{out} is not empty: resume=True to go on, or choose another folder")
+
+def _fit_quietly(learn, config, start):
+    with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():       # log.csv has it all
+        warnings.filterwarnings('ignore', 'Your generator is empty')          # there is no validation set
+        learn.fit(config.epochs, lr=config.lr, start_epoch=start)
+
+# %% ../nbs/32_baselines.ipynb #e335cfb9
 def pretrain_genesis(
     data:str='phantoms', # as for `pretrain`: 'phantoms', a folder, an index CSV, or a cache
     out:str='genesis_run', # run folder; new, unless `resume`
@@ -242,28 +256,27 @@ def pretrain_genesis(
     resume:bool=False, # go on with the run in `out`
     where:str='', # rows of an index CSV
     cache:str='', # folder for the squares; '': `out`-cache
+    precision:str='fp32', # fp32, bf16 or fp16
     **changes, # fields of `GenesisConfig`, as epochs=20
 ) -> Learner: # trained
-    "Pretrain Model Genesis and write config.json, log.csv, checkpoint/ and backbone.safetensors. ValueError for bad arguments"
+    "Pretrain Model Genesis: writes config.json, log.csv, checkpoint/, backbone.safetensors. ValueError for bad arguments"
     config, out = GenesisConfig(**changes, size=size, seed=seed), Path(out)
-    begun = resume and any((out/'checkpoint').glob('step-*'))
-    if not resume and out.exists() and any(out.iterdir()): raise ValueError(f"{out} is not empty: resume=True to go on, or choose another folder")
-    images, rows, mark = load_data(data, round(1.25*size), n_phantoms, where, cache or f'{out}-cache', progress=data != 'phantoms')
-    learn = genesis_learner(images, config, arch, (rows.split == 'train').values, out)
-    learn.add_cb(C2LCheckpoint(out, fingerprint=mark))
-    about = dict(method='Model Genesis', arch=arch, config=asdict(config), data=dict(name=Path(data).name, images=learn.dls.train.n, fingerprint=mark))
+    begun = _begun(out, resume)
+    images, rows, mark = load_data(data, round(1.25*size), n_phantoms, where, cache or f'{out}-cache', data != 'phantoms')
+    learn = genesis_learner(images, config, arch, (rows.split == 'train').values, out, precision)
+    learn.add_cb(C2LCheckpoint(out, asdict(config) | dict(arch=arch, precision=precision), mark))
+    about = dict(method='Model Genesis', arch=arch, precision=precision, config=asdict(config),
+                 data=dict(name=Path(data).name, images=learn.dls.train.n, fingerprint=mark))
     start = resume_run(learn, out) if begun else 0
     write_atomically(out/'config.json', json.dumps(about, indent=1).encode())
-    with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():       # log.csv has it all
-        warnings.filterwarnings('ignore', 'Your generator is empty')          # there is no validation set
-        learn.fit(config.epochs, lr=config.lr, start_epoch=start)
+    _fit_quietly(learn, config, start)
     export_backbone(learn.model, out/'backbone.safetensors', about | dict(size=size))
     return learn
 
-# %% ../nbs/32_baselines.ipynb #2be468a1
+# %% ../nbs/32_baselines.ipynb #f4f38cf7
 LITE0_STATS = (.5, .5, .5), (.5, .5, .5)             # mean and std these weights were trained with (timm's tf_efficientnet_lite0)
 
-# %% ../nbs/32_baselines.ipynb #d4bcd963
+# %% ../nbs/32_baselines.ipynb #466e60a0
 def imagenet_lite0(
     channels:int=1, # of the image; 1 is folded from 3
 ) -> nn.Module: # body tf_efficientnet_lite0, features B×1280; pixels by `Prepare(*LITE0_STATS, channels)`

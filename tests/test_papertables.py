@@ -1,19 +1,35 @@
 "`c2l_table`: the paper's numbers, each column's config, sharing, skipping, resuming, rendering."
-import shlex
+import os, shlex
 import numpy as np, pandas as pd, pytest, torch
-import c2l_nb.tables as module
+import c2l_nb.baselines as baselines, c2l_nb.scoring as scoring, c2l_nb.tables as module
 from c2l_nb.ablations import ABLATIONS, PAPER, QUEUES, ablation, slips
 from c2l_nb.metrics import auroc_table, paired_difference
 from c2l_nb.model import C2L, C2LConfig
+from c2l_nb.encoder import create_encoder
 from c2l_nb.phantom import phantom_batch
 from c2l_nb.pretrain import _number, choose_config
-from c2l_nb.tables import Start, columns, commands, gpu_hours, make, plan, read_pool, render, run_table, text
+from c2l_nb.tables import SCALES, TABLES, Start, columns, commands, gpu_hours, make, plan, read_pool, render, run_table, settings, text
+from c2l_nb.weights import export_backbone
 
 pytestmark = pytest.mark.filterwarnings('ignore:the queue of', 'ignore:Your generator is empty', 'ignore:.*jit.script', 'ignore:no positive or no negative', 'ignore:no image is labelled')
-TINY = dict(size=24, n_phantoms=320, epochs=1, batch=32, untrained=1)
+LOAD = scoring.load_data
+TINY = dict(size=24, n_phantoms=80, epochs=1, batch=16, untrained=1)
+
+def few(data, size, *a, **k):
+    "In place of phantoms, whose drawing takes longer than all else here: noise, brighter where `Mass` is"
+    g, rows = torch.Generator().manual_seed(0), pd.DataFrame(dict(seed=range(80), patient=[f'p{i//2}' for i in range(80)]))
+    rows = rows.assign(split=['train']*48 + ['valid']*32, labels=['Mass' if i//2 % 2 else 'No Finding' for i in range(80)])
+    images = torch.randint(100, (80, size, size), generator=g) + 100*torch.tensor([i//2 % 2 for i in range(80)]).view(-1, 1, 1)
+    return images.byte().numpy(), rows, f'noise {size}'
+
+@pytest.fixture(scope='module', autouse=True)
+def noise():
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(scoring, 'load_data', few); mp.setattr(baselines, 'load_data', few)
+        yield
 
 @pytest.fixture(scope='module')
-def pool(): return read_pool('phantoms', TINY['size'], TINY['n_phantoms'])
+def pool(noise): return read_pool('phantoms', TINY['size'])
 
 def test_printed_numbers():
     assert {k: t.shape for k, t in PAPER.items()} == {'1': (15, 5), '2': (1, 9), '3': (15, 8), '4': (6, 8), '5': (7, 4)}
@@ -53,6 +69,9 @@ def test_equal_pretrainings_have_one_name():
     assert key('1', 'Bat. + Feat. Mix. + loss_M') == key('2', '+ cutout, mixup') == key('3', 'ResNet-18 C2L') == key('5', 'ResNet-18 C2L') == key('theta', 'θ 0.999')
     assert len({key('3', 'ResNet-18 C2L'), key('3', 'DenseNet-121 C2L'), key('3', 'ResNet-18 C2L', 1), key('3', 'ResNet-18 C2L', 0, 'n'), key('3', 'ResNet-18 MG')}) == 5
     assert key('1', 'ImageNet', 0) == key('1', 'ImageNet', 1, 'n')
+    half = columns('3', precision='bf16')
+    assert half['ResNet-18 C2L'].key('m') != key('3', 'ResNet-18 C2L') and half['ResNet-18 MG'].key('m') != key('3', 'ResNet-18 MG')
+    assert half['ResNet-18 untrained'].key('m') == key('3', 'ResNet-18 untrained')
     for t in PAPER: assert set(PAPER[t]) <= set(columns(t))
 
 def test_rendered_numbers_are_those_of_the_metrics():
@@ -66,14 +85,14 @@ def test_rendered_numbers_are_those_of_the_metrics():
     assert t.loc['Mix.', 'paper'] == 74.7 and pd.isna(t.loc['No mixup', 'paper']) and '74.7' in text(t.reset_index())
 
 @pytest.fixture(scope='module')
-def table(tmp_path_factory):
+def table(noise, tmp_path_factory):
     "Two columns, the second killed within its first epoch, and the table asked for again"
     out = tmp_path_factory.mktemp('grid')
     take = ['No mixup', 'Bat. Mix.']
     with pytest.MonkeyPatch.context() as mp:
         whole = C2L.views
         def failing(self, x, augment):
-            if self.config.mix_views and self.seen == 3: raise KeyboardInterrupt
+            if self.config.mix_views and self.seen == 2: raise KeyboardInterrupt
             return whole(self, x, augment)
         mp.setattr(C2L, 'views', failing)
         with pytest.raises(KeyboardInterrupt): run_table('1', out=out, take=take, **TINY)
@@ -91,25 +110,29 @@ def test_what_is_done_is_skipped_and_the_rest_made(table):
 
 def test_another_call_computes_nothing(table, monkeypatch, capsys):
     out, _, done = table
-    for name in ('_train', 'pretrain_genesis', 'extract_features'): monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('computed again'))
+    for at, name in (module, '_train'), (module, 'pretrain_genesis'), (scoring, 'extract_features'):
+        monkeypatch.setattr(at, name, lambda *a, **k: pytest.fail('computed again'))
     again = run_table('1', out=out, take=['No mixup', 'Bat. Mix.'], **TINY)
     assert all(again[k].equals(done[k]) for k in done) and '0 pretrainings to make' in capsys.readouterr().out
 
 def test_interrupted_equals_uninterrupted(table, pool, tmp_path):
-    start = plan('1', pool, 1, 32, 1, 1, ['Bat. Mix.'])['Bat. Mix.'][0]
+    start = plan('1', pool, 1, 16, 1, 1, ['Bat. Mix.'])['Bat. Mix.'][0]
     run = make(start, tmp_path, pool)
     load = lambda p: module.load_backbone(p/'backbone.safetensors', say=None).state_dict()
     a, b = load(run), load(table[0]/'pretrained'/run.name)
     assert all(torch.equal(u, v) for u, v in zip(a.values(), b.values()))
 
-def test_a_run_that_collapses_is_a_result(tmp_path, pool):
-    start = columns('theta', C2LConfig.small(60, 3, batch_size=16, epochs=1, size=24, lr=float('nan')))['θ 0.0']
+def test_a_run_that_collapses_is_a_result(tmp_path, pool, monkeypatch):
+    "Here in half precision, which reaches the learner"
+    seen, whole = [], module._learner
+    monkeypatch.setattr(module, '_learner', lambda **k: seen.append(k['precision']) or whole(**k))
+    start = columns('theta', C2LConfig.small(48, 3, batch_size=16, epochs=1, size=24, lr=float('nan')), precision='bf16')['θ 0.0']
     run = make(start, tmp_path, pool)
-    assert 'loss is nan' in (run/'collapse.txt').read_text()
+    assert 'loss is nan' in (run/'collapse.txt').read_text() and seen == ['bf16']
 
 def test_paper_commands_give_the_configs():
     "What the printed command says is, parsed, the column's config"
-    for t in ('1', '2', '3', 'theta'):
+    for t in ('1', '2', '3', *(t for t in TABLES if t not in '12345')):
         starts = [s for s in columns(t).values() if s.method == 'c2l']
         lines = [l for l in commands(t) if l.startswith('c2l_pretrain')]
         assert len(starts) == len(lines)
@@ -120,7 +143,7 @@ def test_paper_commands_give_the_configs():
             assert config == s.config and args[args.index('--arch') + 1] == s.arch
     assert sum('c2l_detect' in l for l in commands('5')) == 5 and gpu_hours('resnet18', 10**6, 240) > gpu_hours('resnet18', 10**6, 240, 4)
 
-@pytest.mark.parametrize('args, said', [(('6',), 'one of 1, 2'), (('5',), 'scored by detection'), (('1', 'small'), 'set C2L_RADIOGRAPHS')])
+@pytest.mark.parametrize('args, said', [(('6',), 'one of 1, 2'), (('1', 'small'), 'set C2L_RADIOGRAPHS'), (('5', 'small'), 'set C2L_RADIOGRAPHS')])
 def test_mistakes_are_named(args, said, tmp_path, monkeypatch):
     monkeypatch.delenv('C2L_RADIOGRAPHS', raising=False)
     with pytest.raises(ValueError, match=said): run_table(*args, out=tmp_path, n_phantoms=60)
@@ -128,16 +151,62 @@ def test_mistakes_are_named(args, said, tmp_path, monkeypatch):
 def test_unknown_columns_are_named(tmp_path):
     with pytest.raises(ValueError, match='No mixup'): run_table('1', out=tmp_path, take=['Mixup'], **TINY)
 
+def test_precision_of_a_scale():
+    assert settings('1')['precision'] == 'fp32' and settings('1', 'small')['precision'] == 'bf16' == SCALES['small']['precision']
+    with pytest.raises(ValueError, match='precision must be'): settings('1', precision='int8')
+
+@pytest.fixture(scope='module')
+def bodies(tmp_path_factory):
+    "In place of every pretraining: one untrained body an architecture"
+    out = tmp_path_factory.mktemp('bodies')
+    def quick(start, run, pool):
+        file = out/f'{start.arch}.safetensors'
+        if not file.exists(): export_backbone(C2L(create_encoder(start.arch, 1), start.config.replace(queue_size=16)), file)
+        os.link(file, run/'backbone.safetensors')
+    return quick
+
+@pytest.mark.parametrize('name, take', [('2', ['Crop, Q 2^15', '+ cutout, mixup']), ('4', ['ResNet-18 MoCo', 'ResNet-18 untrained']),
+                                        ('theta', ['θ 0.0', 'θ 0.999']), ('beyond', None)])
+def test_every_table_is_rendered(name, take, bodies, tmp_path, monkeypatch):
+    if name not in TABLES: pytest.skip('no such table yet')
+    monkeypatch.setattr(module, '_train', bodies)
+    monkeypatch.setattr(scoring, 'linear_probe', lambda f, y, g, groups: (scoring.knn_predict(f, y, g, k=40),))       # quicker
+    take = take or ['C2L', list(ABLATIONS[name])[-1]]
+    t, = run_table(name, out=tmp_path, take=take, **TINY).values()
+    md = next(tmp_path.glob(f'table{name}-smoke-*.md')).read_text()
+    assert t.column.tolist() == 2*take and t.ours.between(0, 100).all() and t.gap.notna().sum() == 2
+    assert ('paper' in md) == (name in PAPER) and all(f'| {n} |' in md for n in take)
+
+def test_table_5_is_trained_once_and_resumed(bodies, tmp_path, monkeypatch):
+    "Killed between two detectors; the pretraining is that of Table 3"
+    take, whole, calls = ['ResNet-18 MoCo', 'ResNet-18 untrained'], module.detect, []
+    monkeypatch.setattr(module, '_train', bodies)
+    def failing(out, init, **k):
+        calls.append(init)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return whole(out=out, init=init, **k)
+    monkeypatch.setattr(module, 'detect', failing)
+    args = dict(out=tmp_path, take=take, **TINY | dict(size=32), detect=dict(size=64, width=32, epochs=1, batch=8, n_phantoms=24))
+    with pytest.raises(KeyboardInterrupt): run_table('5', **args)
+    t = run_table('5', **args)['boxes']
+    assert len(calls) == 3 and calls[0].endswith('backbone.safetensors') and calls[1:] == ['untrained']*2
+    c2l = plan('3', read_pool('phantoms', 32), 1, 16)['ResNet-18 MoCo'][0]
+    assert [p.parent.name for p in tmp_path.glob('pretrained/*/backbone.safetensors')] == [f'c2l-resnet18-{c2l.key("noise 40")}']
+    assert t.column.tolist() == [take[0]]*7 + [take[1]]*7 and t.ours.between(0, 100).all() and (t.low <= t.high).all()
+    assert t.paper[:7].tolist() == PAPER['5']['ResNet-18 MoCo'].tolist() and t.gap.notna().sum() == 7
+    assert '| 0.2 |' in (tmp_path/'table5-smoke-boxes-valid.md').read_text()
+
 @pytest.mark.slow
-def test_side_by_side(tmp_path):
+def test_side_by_side(tmp_path, monkeypatch):
     "Two processes make two pretrainings; the table is that of one process"
-    args = dict(take=['No mixup', 'Bat. Mix.'], **TINY)
+    for m in scoring, baselines: monkeypatch.setattr(m, 'load_data', LOAD)                    # what the processes read: phantoms
+    args = dict(take=['No mixup', 'Bat. Mix.'], **TINY | dict(n_phantoms=320, batch=64))
     a, b = run_table('1', out=tmp_path/'one', **args), run_table('1', out=tmp_path/'two', jobs=2, **args)
-    assert all(a[k].equals(b[k]) for k in a)
+    assert len(list(tmp_path.glob('two/pretrained/*/backbone.safetensors'))) == 2 and all(a[k].equals(b[k]) for k in a)
 
 @pytest.mark.slow
 def test_scores_along_a_run(tmp_path, pool, monkeypatch):
-    monkeypatch.setattr(module, 'linear_probe', lambda f, y, g, groups: (module.knn_predict(f, y, g, k=50),))       # quicker
-    start = Start('c2l', 'resnet18', 0, C2LConfig.moco(queue_size=64, batch_size=96, epochs=10, size=24))
+    monkeypatch.setattr(scoring, 'linear_probe', lambda f, y, g, groups: (scoring.knn_predict(f, y, g, k=40),))       # quicker
+    start = Start('c2l', 'resnet18', 0, C2LConfig.moco(queue_size=64, batch_size=48, epochs=10, size=24))
     t = module.along(make(start, tmp_path, pool), pool)
     assert t.epoch.tolist() == [0, 2, 4, 6, 8, 10] and t.probe.between(0, 1).all() and t.knn.between(0, 1).all()

@@ -54,10 +54,11 @@ def load_body(
         if init in ('untrained', 'imagenet'):
             return create_encoder(arch, 1, None if init == 'untrained' else init), Prepare(channels=1)
         if not Path(init).is_file():
-            raise ValueError(f"init must be untrained, imagenet or a backbone file, and {init} is no file: check the path")
+            raise ValueError(f"init must be untrained, imagenet or a backbone file, and {init} is no file: "
+                             "check the path")
         body = load_backbone(init, create_encoder(arch, 1), say=say)
     try: card = read_card(init)
-    except WeightsError: card = {}                                               # of another project, ImageNet's statistics then
+    except WeightsError: card = {}                                     # of another project, ImageNet's statistics then
     return body, Prepare(**{k: card[k] for k in ('mean', 'std') if card.get(k)}, channels=1)
 
 # %% ../nbs/28a_classifier.ipynb #b4fd7431
@@ -84,7 +85,8 @@ def whole(
     if hw == (size, size): return x
     zeros, box = torch.zeros(n), torch.tensor([[0., 0., *hw]]).repeat(n, 1)
     none = C2LAugment(size, cutout=(0, 1))
-    return none.apply(x, Draw(box, zeros, zeros, torch.ones(n, 2), torch.zeros(n, 0, 2), torch.zeros(n, 0), torch.zeros(n, 0, 0)))
+    nothing = torch.zeros(n, 0, 2), torch.zeros(n, 0), torch.zeros(n, 0, 0)
+    return none.apply(x, Draw(box, zeros, zeros, torch.ones(n, 2), *nothing))
 
 class Views(Callback):
     "Crop and mirror in training, the whole square elsewhere"
@@ -92,12 +94,13 @@ class Views(Callback):
         self.size, self.g = size, seeded(seed, 8)
         self.augment = C2LAugment(size, crop=(crop, 1.), rotation=0., cutout=(0, 1))
     def before_train(self): self.dls.train.epoch = self.epoch
-    def before_batch(self): self.learn.xb = (self.augment(self.x, self.g) if self.training else whole(self.x, self.size),)
+    def before_batch(self):
+        self.learn.xb = (self.augment(self.x, self.g) if self.training else whole(self.x, self.size),)
 
 # %% ../nbs/28a_classifier.ipynb #b1e1c159
 class FrozenStay(Callback):
     "BatchNorm without a trainable parameter stays in evaluation mode; use with `Learner(train_bn=False)`"
-    order = -9                                                                   # after fastai has put all of the model into training mode
+    order = -9                                           # after fastai has put all of the model into training mode
     def before_train(self):
         for m in self.model.modules():
             if isinstance(m, _BatchNorm) and not any(p.requires_grad for p in m.parameters()): m.eval()
@@ -108,7 +111,8 @@ class ValidAUROC(Metric):
     name = 'auroc'
     def reset(self): self.y, self.z = [], []
     def accumulate(self, learn):
-        self.y.append(learn.y.detach().cpu()); self.z.append(learn.pred.detach().float().cpu()); self.loss = learn.loss_func
+        self.y.append(learn.y.detach().cpu()); self.z.append(learn.pred.detach().float().cpu())
+        self.loss = learn.loss_func
     @property
     def value(self):
         y, p = torch.cat(self.y), self.loss.activation(torch.cat(self.z))
@@ -121,17 +125,21 @@ class KeepBest(TrackerCallback):
     def after_epoch(self):
         super().after_epoch()
         self.curve.append(dict(zip(self.recorder.metric_names[1:4], self.recorder.values[-1])))
-        if self.new_best: self.at, self.state = len(self.curve)-1, {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+        if not self.new_best: return
+        self.at = len(self.curve)-1
+        self.state = {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
     def after_fit(self):
         super().after_fit()
         if self.state: self.model.load_state_dict(self.state)
 
 # %% ../nbs/28a_classifier.ipynb #142cd19d
 RECIPE = dict(
-    epochs='50: the paper, section 4', size='224 px: the paper, section 4', optimiser='Adam: chexnet; the paper is silent',
-    lr='1e-4, constant: chexnet, whose plateau rule is left out', wd='1e-5, L2 on all: chexnet', batch='64: ours (chexnet 16)',
+    epochs='50: the paper, section 4', size='224 px: the paper, section 4',
+    optimiser='Adam: chexnet; the paper is silent', lr='1e-4, constant: chexnet, whose plateau rule is left out',
+    wd='1e-5, L2 on all: chexnet', batch='64: ours (chexnet 16)',
     crop='random crop of 0.2 to 1 of the area, as in pretraining (chexnet: 0.08 to 1)', flip='mirror, p 0.5: chexnet',
-    test='the whole square, once (chexnet: ten crops)', loss='binary or softmax cross-entropy, no class weights: chexnet',
+    test='the whole square, once (chexnet: ten crops)',
+    loss='binary or softmax cross-entropy, no class weights: chexnet',
     checkpoint='best mean AUROC on valid: ours; the paper names no validation set beside the one it reports',
     unsure='ones for Atelectasis and Edema, zeros elsewhere, scored on certain labels: ours, after Irvin et al. 2019',
     body='all layers, one rate: chexnet; freeze_epochs and discriminative rates are offered as fastai has them',
@@ -149,17 +157,20 @@ def finetune_learner(
     crop:float=.2, # smallest share of the area in a training view
     seed:int=0, # of head, order and views
     cbs=(), # more callbacks
-)->Learner: # `learn.fit(50)`, `learn.freeze()`, `lr=slice(…)` as with `vision_learner`; the best epoch by valid is left in it
+)->Learner: # `learn.fit(50)`, `learn.freeze()`, `lr=slice(…)` as with `vision_learner`; left at the best epoch by valid
     "A fastai `Learner` that fine-tunes a body; ValueError if there are not two training images"
     if len(train) < 2: raise ValueError(f"{len(train)} training images cannot be trained on: take a larger fraction")
-    bs, loss, take = min(batch, len(train)), targets.loss(), images.view if hasattr(images, 'path') else images.__getitem__
+    bs, loss = min(batch, len(train)), targets.loss()
+    take = images.view if hasattr(images, 'path') else images.__getitem__
     asked = targets.y if targets.one_class else targets.truth                      # of valid
     pools = [_Pool(take(at), torch.from_numpy(y[at])) for at, y in ((train, targets.y), (valid, asked))]
-    dls = DataLoaders(PoolDL(pools[0], bs=bs, indexed=True, shuffle=True, drop_last=len(train) % bs == 1),   # BatchNorm needs two
+    one_left = len(train) % bs == 1                                              # BatchNorm needs two
+    dls = DataLoaders(PoolDL(pools[0], bs=bs, indexed=True, shuffle=True, drop_last=one_left),
                       PoolDL(pools[1], bs=256, indexed=True))
     dls.train.seed = seed
-    return Learner(dls, Classifier(body, loss.n_out, prepare, seed), loss, adam, lr=lr, wd=wd, splitter=splitter, wd_bn_bias=True,
-                   train_bn=False, metrics=ValidAUROC(), cbs=[Views(size, crop, seed), FrozenStay(), KeepBest(), ChannelsLast(), *cbs])
+    ours = [Views(size, crop, seed), FrozenStay(), KeepBest(), ChannelsLast()]
+    return Learner(dls, Classifier(body, loss.n_out, prepare, seed), loss, adam, lr=lr, wd=wd, splitter=splitter,
+                   wd_bn_bias=True, train_bn=False, metrics=ValidAUROC(), cbs=[*ours, *cbs])
 
 # %% ../nbs/28a_classifier.ipynb #f4d3356b
 def features_of(model, images, at, size, bs=256): # a body with `prepare`, or a `Classifier`; which images; px

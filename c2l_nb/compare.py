@@ -6,7 +6,7 @@
 __all__ = ['compare', 'paper_table', 'plot_differences', 'roc_points', 'plot_roc', 'plot_curves', 'plot_fractions', 'cell_name',
            'read_run', 'report_run']
 
-# %% ../nbs/29_compare.ipynb #213e60d0
+# %% ../nbs/29_compare.ipynb #283ce948
 import json, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -14,7 +14,7 @@ from matplotlib import pyplot as plt
 from .metrics import auroc, bootstrap, patient_counts, _float64, _scores, _table
 from .report import facts, picture, table as html_table, write_report
 
-# %% ../nbs/29_compare.ipynb #c656ebde
+# %% ../nbs/29_compare.ipynb #072d50bb
 def compare(
     truth, # certain labels of the test images, N×C: 1, 0, NaN; a DataFrame names its classes
     cells:dict, # (init, fraction, draw, seed) -> scores N×C
@@ -38,9 +38,10 @@ def compare(
             d = _table(y, classes, patient, (a[1]-b[1]).mean(0), .95, p_value=True, difference=(a[0]-b[0]).mean(0))
         scores.append(t.assign(init=init, fraction=fraction, **spread))
         if init != first: differences.append(d.assign(init=init, minus=first, fraction=fraction, runs=len(keys)))
-    return pd.concat(scores, ignore_index=True), pd.concat(differences, ignore_index=True) if differences else pd.DataFrame()
+    joined = lambda ts: pd.concat(ts, ignore_index=True) if ts else pd.DataFrame()
+    return joined(scores), joined(differences)
 
-# %% ../nbs/29_compare.ipynb #8b2e3629
+# %% ../nbs/29_compare.ipynb #fce42b63
 def _pairs(cells):
     "(init, fraction) -> its cells; ValueError if another init has other draws or seeds"
     runs = {}
@@ -48,10 +49,11 @@ def _pairs(cells):
     for (init, fraction), keys in runs.items():
         mate = runs.get((next(iter(cells))[0], fraction), [])
         if sorted(k[2:] for k in keys) != sorted(k[2:] for k in mate):
-            raise ValueError(f"runs of {init}, fraction {fraction:g}, have no mates among the first init's: compare equal draws and seeds")
+            raise ValueError(f"runs of {init}, fraction {fraction:g}, have no mates among the first init's: "
+                             "compare equal draws and seeds")
     return runs
 
-# %% ../nbs/29_compare.ipynb #561f2a85
+# %% ../nbs/29_compare.ipynb #7f0f56d9
 def paper_table(
     scores:pd.DataFrame, # of `compare`
     fraction:float=1., # of the labels
@@ -61,9 +63,10 @@ def paper_table(
     stat = next(c for c in ('auroc', 'average_precision') if c in t)
     text = [f'{100*m:.1f} ({100*a:.1f}–{100*b:.1f})' if m == m else '–' for m, a, b in zip(t[stat], t.low, t.high)]
     t = t.assign(text=text).pivot(index='class', columns='init', values='text')
-    return t.loc[list(dict.fromkeys(scores['class'])), list(dict.fromkeys(scores.init))].rename_axis(columns=None).reset_index()
+    classes, inits = list(dict.fromkeys(scores['class'])), list(dict.fromkeys(scores.init))
+    return t.loc[classes, inits].rename_axis(columns=None).reset_index()
 
-# %% ../nbs/29_compare.ipynb #f373aa5b
+# %% ../nbs/29_compare.ipynb #ddefada9
 def plot_differences(
     differences:pd.DataFrame, # of `compare`
 )->plt.Figure:
@@ -77,11 +80,12 @@ def plot_differences(
             t = differences[(differences.fraction == f) & (differences.init == init)].set_index('class').loc[names]
             at = np.arange(len(names)) + step*((len(inits)-1)/2 - i)
             ax.hlines(at, t.low, t.high, f'C{i}'); ax.plot(t.difference, at, f'C{i}o', ms=4, label=init)
-        ax.axvline(0, c='k', lw=.6); ax.set(title=f'{100*f:g} % of the labels', xlabel=f'AUROC minus {differences.minus.iloc[0]}')
+        ax.axvline(0, c='k', lw=.6)
+        ax.set(title=f'{100*f:g} % of the labels', xlabel=f'AUROC minus {differences.minus.iloc[0]}')
     axs[0,0].set_yticks(range(len(names)), names); axs[0,0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/29_compare.ipynb #061bb1cf
+# %% ../nbs/29_compare.ipynb #5272a419
 def roc_points(
     y, # labels, N: 1, 0, NaN
     p, # scores, N
@@ -93,7 +97,7 @@ def roc_points(
     rates = [np.append(0, (y[order] == k).cumsum()[last]/max(1, (y == k).sum())) for k in (0, 1)]
     return tuple(rates)
 
-# %% ../nbs/29_compare.ipynb #dc8c46cb
+# %% ../nbs/29_compare.ipynb #0c9629cc
 def plot_roc(
     truth:pd.DataFrame, # N×C, named
     scores:dict, # init -> scores N×C, of one run each
@@ -101,20 +105,25 @@ def plot_roc(
     "A panel a class, a line an initialisation"
     n = truth.shape[1]
     size = 1.7*min(n, 5)+.4, 1.8*-(-n//5)+.3
-    fig, axs = plt.subplots(-(-n//5), min(n, 5), figsize=size, sharex=True, sharey=True, squeeze=False, layout='constrained')
+    same = dict(sharex=True, sharey=True, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(-(-n//5), min(n, 5), figsize=size, **same)
     for ax in axs.flat[n:]: ax.axis('off')
     for i, (ax, name) in enumerate(zip(axs.flat, truth)):
-        for init, p in scores.items(): ax.plot(*roc_points(truth[name], p[:, i]), lw=1, label=f'{init} {auroc(truth[name], p[:, i]):.2f}')
-        ax.plot([0,1], [0,1], 'k:', lw=.5); ax.set_title(str(name), fontsize=8); ax.legend(fontsize=6, loc='lower right')
+        for init, p in scores.items():
+            area = auroc(truth[name], p[:, i])
+            ax.plot(*roc_points(truth[name], p[:, i]), lw=1, label=f'{init} {area:.2f}')
+        ax.plot([0,1], [0,1], 'k:', lw=.5)
+        ax.set_title(str(name), fontsize=8); ax.legend(fontsize=6, loc='lower right')
     return fig
 
-# %% ../nbs/29_compare.ipynb #8c6f5150
+# %% ../nbs/29_compare.ipynb #52b811b2
 def plot_curves(
     curves:pd.DataFrame, # init, fraction, draw, seed, epoch, auroc (of valid), chosen
 )->plt.Figure:
     "Validation AUROC by epoch; a panel a fraction"
     fractions, inits = sorted(curves.fraction.unique()), list(dict.fromkeys(curves.init))
-    fig, axs = plt.subplots(1, len(fractions), figsize=(1+2.5*len(fractions), 2.3), sharey=True, squeeze=False, layout='constrained')
+    n, how = len(fractions), dict(sharey=True, squeeze=False, layout='constrained')
+    fig, axs = plt.subplots(1, n, figsize=(1+2.5*n, 2.3), **how)
     for ax, f in zip(axs[0], fractions):
         for i, init in enumerate(inits):
             part = curves[(curves.fraction == f) & (curves.init == init)]
@@ -126,7 +135,7 @@ def plot_curves(
     axs[0,0].set_ylabel('AUROC on valid'); axs[0,0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/29_compare.ipynb #8dbf133f
+# %% ../nbs/29_compare.ipynb #460206d0
 def plot_fractions(
     scores:pd.DataFrame, # of `compare`
 )->plt.Figure:
@@ -138,10 +147,10 @@ def plot_fractions(
     ax.set(xscale='log', xlabel='share of the labelled patients', ylabel='mean AUROC'); ax.legend(fontsize=7)
     return fig
 
-# %% ../nbs/29_compare.ipynb #ed2a622d
+# %% ../nbs/29_compare.ipynb #68a397aa
 def cell_name(init, fraction, draw, seed): return f'{init}_{fraction:g}_{draw}_{seed}'
 
-# %% ../nbs/29_compare.ipynb #454ba111
+# %% ../nbs/29_compare.ipynb #abdd5f5e
 def read_run(
     out:str|Path, # run folder
     split:str='test', # or 'valid'
@@ -162,7 +171,23 @@ def read_run(
     curves = curves[[*names, *curves.columns.drop(list(names))]]
     return labels.loc[at, classes].reset_index(drop=True), cells, labels.patient[at].to_numpy(), curves
 
-# %% ../nbs/29_compare.ipynb #83815cb8
+# %% ../nbs/29_compare.ipynb #09a327c0
+def _sections(about, scores, differences, tables, truth, cells, curves):
+    "The report, title of a section -> HTML"
+    top, inits = max(tables), dict.fromkeys(k[0] for k in cells)
+    one = {init: cells[next(k for k in cells if k[:2] == (init, top))] for init in inits}
+    notes = scores[scores.note.ne('') & (scores.init == scores.init[0]) & (scores.fraction == top)]
+    said = '<p>In percent, mean over runs, with 95 % intervals that resample patients.</p>'
+    return {
+        **{f'AUROC on test, {100*f:g} % of the labels': said + html_table(t) for f, t in tables.items()},
+        'What must be known': html_table(notes[['class', 'positives', 'note']]) if len(notes) else '',
+        'Differences': picture(plot_differences(differences)) + html_table(differences) if len(differences) else '',
+        'Labels': picture(plot_fractions(scores)) if len(tables) > 1 else '',
+        'ROC curves': f'<p>First draw and seed, {100*top:g} % of the labels.</p>' + picture(plot_roc(truth, one)),
+        'Validation': picture(plot_curves(curves)) if len(curves) else '',
+        'Settings': facts({k: v for k, v in about.items() if k not in ('cells', 'title')})}
+
+# %% ../nbs/29_compare.ipynb #f2102270
 def report_run(
     out:str|Path, # run folder of `finetune`
     n_boot:int=1000, # resamples of the patients
@@ -173,19 +198,9 @@ def report_run(
     about = json.loads((out/'config.json').read_text(encoding='utf-8'))
     scores, differences = compare(truth, cells, patient, n_boot)
     tables = {f: paper_table(scores, f) for f in sorted(scores.fraction.unique(), reverse=True)}
-    top = max(tables)
-    one = {init: cells[next(k for k in cells if k[:2] == (init, top))] for init in dict.fromkeys(k[0] for k in cells)}
     table = pd.concat([t.assign(fraction=f) for f, t in tables.items()])
     for name, t in dict(scores=scores, differences=differences, curves=curves, table=table).items():
         if len(t): t.to_csv(out/f'{name}.csv', index=False)
-    notes = scores[scores.note.ne('') & (scores.init == scores.init[0]) & (scores.fraction == top)][['class', 'positives', 'note']]
-    said = '<p>In percent, mean over runs, with 95 % intervals that resample patients.</p>'
-    write_report(out/'report.html', about['title'], {
-        **{f'AUROC on test, {100*f:g} % of the labels': said + html_table(t) for f, t in tables.items()},
-        'What must be known': html_table(notes) if len(notes) else '',
-        'Differences': (picture(plot_differences(differences)) + html_table(differences)) if len(differences) else '',
-        'Labels': picture(plot_fractions(scores)) if len(tables) > 1 else '',
-        'ROC curves': f'<p>First draw and seed, {100*top:g} % of the labels.</p>' + picture(plot_roc(truth, one)),
-        'Validation': picture(plot_curves(curves)) if len(curves) else '',
-        'Settings': facts({k: v for k, v in about.items() if k not in ('cells', 'title')})})
+    sections = _sections(about, scores, differences, tables, truth, cells, curves)
+    write_report(out/'report.html', about['title'], sections)
     return scores, differences

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['embed_images', 'nearest', 'neighbour_table', 'show_neighbours', 'scatter_html', 'main']
 
-# %% ../nbs/26b_gallery.ipynb #b2d9e395
-import base64, hashlib, io, json
+# %% ../nbs/26b_gallery.ipynb #7c163258
+import base64, hashlib, io, json, re
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from .embed import _check, extract_features, umap_coords
 from .weights import WeightsError, load_backbone, read_card, write_atomically
 from .report import facts, picture, write_report
 
-# %% ../nbs/26b_gallery.ipynb #75c602e3
+# %% ../nbs/26b_gallery.ipynb #9e0849b9
 def _model_card(path):
     "The card, {} for a file of another library; WeightsError for a damaged one, before anything long"
     try: return read_card(path)
@@ -36,11 +36,13 @@ def _backbone(path, arch, card):
     "Body, its preparation, and what identifies both"
     body = load_backbone(path, arch)
     how = {k: card[k] for k in ('mean', 'std') if card.get(k) is not None}
-    prepare = Prepare(**{k: v if isinstance(v, (list, tuple)) else (v,) for k, v in how.items()}, channels=in_channels(body))
+    how = {k: v if isinstance(v, (list, tuple)) else (v,) for k, v in how.items()}
+    prepare = Prepare(**how, channels=in_channels(body))
     mark = hashlib.sha256(Path(path).read_bytes())
     mark.update(repr((prepare.mean, prepare.std, prepare.channels)).encode())
     return body, prepare, mark
 
+# %% ../nbs/26b_gallery.ipynb #519b1fdd
 def _chunk(folder, mark, squares, compute):
     "Features of one chunk, from its file or computed; and whether they were computed"
     mark = mark.copy()
@@ -52,7 +54,18 @@ def _chunk(folder, mark, squares, compute):
     np.save(out, feats); write_atomically(path, out.getvalue())
     return feats, path, True
 
-# %% ../nbs/26b_gallery.ipynb #f6162ebe
+# %% ../nbs/26b_gallery.ipynb #33a45677
+def _squares(images, where, out, size, workers, progress):
+    "The cache beside `out`; DataError if it is of another run"
+    beside = f'{out}-cache'
+    try: return build_cache(read_items(images, where), beside, size, workers=workers, progress=progress)
+    except DataError as e:
+        other = re.search(r'other settings \((.*?)\)', str(e))
+        if not other: raise
+        raise DataError(f"{out}: was begun with other images or another size ({other[1]}); choose another --out, "
+                        f"or delete {out} and {beside}") from e
+
+# %% ../nbs/26b_gallery.ipynb #9cf0f03d
 def embed_images(backbone:str|Path, # weights file that `load_backbone` reads
                  images:str|Path, # a folder of radiographs, an index CSV, or a cache of `c2l_cache`
                  out:str|Path, # folder for features.npz, rows.csv, bad.csv; where one was begun, it goes on
@@ -71,15 +84,21 @@ def embed_images(backbone:str|Path, # weights file that `load_backbone` reads
     if size<1 or chunk<1: raise DataError(f"size and chunk must be at least 1, got {size} and {chunk}")
     if found and where: raise DataError(f"{images} is a cache, `where` chooses rows of an index CSV: leave it out")
     if found: cache = RadiographCache(path)
-    else: cache = build_cache(read_items(images, where), f'{out}-cache', size, workers=workers, progress=progress)
-    if cache.size<size: raise DataError(f"{images}: holds squares of {cache.size} px, {size} are asked for: build it with --size {size}")
-    body, prepare, mark = _backbone(backbone, arch, card)      # after the processes that read, which a busy torch could hang
-    compute = lambda x: extract_features(body, x, device or default_device(), prepare=prepare, bs=64)
-    done = []
-    for at in progress_bar(np.array_split(np.arange(len(cache)), range(chunk, len(cache), chunk)), display=progress, leave=False):
-        done.append(_chunk(out/'chunks', mark, np.stack([to_square(im, size) for im in cache.images[at]]), compute))
+    else: cache = _squares(images, where, out, size, workers, progress)
+    if cache.size<size:
+        raise DataError(f"{images}: holds squares of {cache.size} px, {size} are asked for: "
+                        f"build it with --size {size}")
+    done = _all_chunks(cache, size, chunk, out/'chunks', *_backbone(backbone, arch, card), device, progress)
     _keep(out, feats := np.concatenate([f for f,*_ in done]), cache, {p for _,p,_ in done})
     return torch.from_numpy(feats), cache, sum(new for *_,new in done)
+
+# %% ../nbs/26b_gallery.ipynb #dfec46e6
+def _all_chunks(cache, size, chunk, folder, body, prepare, mark, device, progress):
+    "What `_chunk` gives, for each chunk of the cache"
+    compute = lambda x: extract_features(body, x, device or default_device(), prepare=prepare, bs=64)
+    parts = np.array_split(np.arange(len(cache)), range(chunk, len(cache), chunk))
+    squares = lambda at: np.stack([to_square(im, size) for im in cache.images[at]])
+    return [_chunk(folder, mark, squares(at), compute) for at in progress_bar(parts, display=progress, leave=False)]
 
 def _keep(out, feats, cache, used):
     "The files of a finished run; chunks of other weights or pixels are removed"
@@ -88,7 +107,7 @@ def _keep(out, feats, cache, used):
     write_atomically(out/'features.npz', buffer.getvalue())
     cache.rows.to_csv(out/'rows.csv', index_label='row'); cache.bad.to_csv(out/'bad.csv', index_label='row')
 
-# %% ../nbs/26b_gallery.ipynb #bb6b584f
+# %% ../nbs/26b_gallery.ipynb #440a9ff0
 def nearest(feats, # Features, N×F
             k:int=5, # neighbours of each; less where there are fewer candidates
             queries=None, # positions of the images that ask; None: all
@@ -105,7 +124,7 @@ def nearest(feats, # Features, N×F
     cos, at = (torch.cat([r[i] for r in found]) for i in (0, 1))
     return at.masked_fill(cos.isinf(), -1), cos
 
-# %% ../nbs/26b_gallery.ipynb #4107cf53
+# %% ../nbs/26b_gallery.ipynb #274d49f9
 def neighbour_table(at, cos, # of `nearest`, all images asking
                     rows:pd.DataFrame, # of the images, with `path`
                    )->pd.DataFrame: # image, rank, neighbour, cosine, path, neighbour_path
@@ -115,22 +134,24 @@ def neighbour_table(at, cos, # of `nearest`, all images asking
     return pd.DataFrame(dict(image=q, rank=r+1, neighbour=to, cosine=cos.numpy()[q, r].round(5),
                              path=rows.path.values[q], neighbour_path=rows.path.values[to]))
 
-# %% ../nbs/26b_gallery.ipynb #012488b0
+# %% ../nbs/26b_gallery.ipynb #faf10451
 def show_neighbours(images, # N×S×S uint8
                     at, # Q×k of `nearest`
                     queries, # their Q positions, shown at the left
                     titles=None, # N texts above the images
                    )->plt.Figure:
     "A sheet: a query in each row, then its neighbours."
-    fig, axs = plt.subplots(len(at), at.shape[1]+1, figsize=(1.1*(at.shape[1]+1), 1.2*len(at)), squeeze=False, layout='constrained')
-    for ax, i in zip(axs.flat, torch.cat([torch.as_tensor(queries)[:,None], torch.as_tensor(at)], 1).flatten().tolist()):
+    who = torch.cat([torch.as_tensor(queries)[:,None], torch.as_tensor(at)], 1)
+    n, k = who.shape
+    fig, axs = plt.subplots(n, k, figsize=(1.1*k, 1.2*n), squeeze=False, layout='constrained')
+    for ax, i in zip(axs.flat, who.flatten().tolist()):
         ax.axis('off')
         if i<0: continue
         ax.imshow(np.asarray(images[i]).squeeze(), cmap='gray', vmin=0, vmax=255)
         if titles is not None: ax.set_title(str(titles[i]), fontsize=6)
     return fig
 
-# %% ../nbs/26b_gallery.ipynb #fc8dc064
+# %% ../nbs/26b_gallery.ipynb #e5fcdc55
 def _sprite(images, side):
     "All thumbnails in one JPEG as a data URL, and how many stand in a row"
     across = int(np.ceil(len(images)**.5))
@@ -152,28 +173,33 @@ def _colours(values):
     tint = [f'hsl({360*i/len(names):.0f},75%,{(40,60)[i%2]}%)' for i in range(len(names))]
     return [tint[c] for c in code], [[n, t] for n, t in zip(names, tint)] if len(names)<=20 else []
 
-# %% ../nbs/26b_gallery.ipynb #9d53f987
+# %% ../nbs/26b_gallery.ipynb #ab775f59
 _PAGE = """<div style="position:relative;width:640px"><select></select> <span class="legend"></span>
 <svg viewBox="-5 -5 610 610" width="610" height="610" style="border:1px solid #ccc">%(points)s</svg>
-<div class="tip" style="position:absolute;display:none;background:#fff;border:1px solid #888;padding:3px;font:11px sans-serif;
-pointer-events:none"><div class="thumb" style="image-rendering:pixelated"></div><span></span></div></div>
+<div class="tip" style="position:absolute;display:none;background:#fff;border:1px solid #888;padding:3px;
+font:11px sans-serif;pointer-events:none"><div class="thumb" style="image-rendering:pixelated">
+</div><span></span></div></div>
 <script>(() => {
 const d = %(data)s, box = document.currentScript.previousElementSibling, pick = s => box.querySelector(s);
-const tip = pick('.tip'), thumb = pick('.thumb'), dots = box.querySelectorAll('circle'), menu = pick('select'), T = d.side*d.zoom;
-Object.assign(thumb.style, {width: T+'px', height: T+'px', backgroundImage: `url(${d.sprite})`, backgroundSize: d.across*T+'px auto'});
-const item = ([n, t]) => { const s = document.createElement('span'); s.textContent = ' \\u25cf ' + n; s.style.color = t; return s; };
+const tip = pick('.tip'), thumb = pick('.thumb'), dots = box.querySelectorAll('circle'), menu = pick('select');
+const T = d.side*d.zoom;
+Object.assign(thumb.style, {width: T+'px', height: T+'px', backgroundImage: `url(${d.sprite})`,
+  backgroundSize: d.across*T+'px auto'});
+const item = ([n, t]) => { const s = document.createElement('span');
+  s.textContent = ' \\u25cf ' + n; s.style.color = t; return s; };
 const paint = name => { dots.forEach((c, i) => c.style.fill = d.colours[name][0][i]);
   pick('.legend').replaceChildren(...d.colours[name][1].map(item)); };
 for (const name in d.colours) menu.add(new Option(name));
 menu.onchange = () => paint(menu.value); paint(menu.value);
 box.onmouseover = e => { const i = e.target.dataset.i; if (i === undefined) return;
-  thumb.style.backgroundPosition = `-${i %% d.across*T}px -${Math.floor(i/d.across)*T}px`; tip.lastChild.textContent = d.text[i];
+  thumb.style.backgroundPosition = `-${i %% d.across*T}px -${Math.floor(i/d.across)*T}px`;
+  tip.lastChild.textContent = d.text[i];
   const b = box.getBoundingClientRect();
   Object.assign(tip.style, {left: e.clientX-b.left+12+'px', top: e.clientY-b.top+12+'px', display: 'block'}); };
 box.onmouseout = () => tip.style.display = 'none';
 })();</script>"""
 
-# %% ../nbs/26b_gallery.ipynb #79d2756b
+# %% ../nbs/26b_gallery.ipynb #0074abf8
 def scatter_html(coords, # N×2
                  images, # N×S×S uint8
                  labels:dict, # name of a colouring -> N values: floats get a scale, all else a colour a value
@@ -187,20 +213,23 @@ def scatter_html(coords, # N×2
         if len(v)!=n: raise ValueError(f"{k} does not have {n} entries, one an image")
     low, high = coords.min(0), coords.max(0)
     at = 600*(coords-low)/np.maximum(high-low, 1e-9)
-    points = ''.join(f'<circle cx="{a:.0f}" cy="{600-b:.0f}" r="4" opacity=".8" data-i="{i}"/>' for i, (a, b) in enumerate(at))
+    dot = '<circle cx="{:.0f}" cy="{:.0f}" r="4" opacity=".8" data-i="{}"/>'
+    points = ''.join(dot.format(a, 600-b, i) for i, (a, b) in enumerate(at))
     show = lambda v: f'{v:.3g}' if isinstance(v, (float, np.floating)) else str(v)
     text = [', '.join(f'{k}: {show(v[i])}' for k, v in labels.items()) for i in range(n)]
     sprite, across = _sprite(images, side)
     colours = {k: _colours(v) for k, v in labels.items()}
     data = dict(side=side, zoom=zoom, sprite=sprite, across=across, text=text, colours=colours)
-    return _PAGE % dict(points=points, data=json.dumps(data).replace('<', '\\u003c'))     # a label cannot end the script
+    return _PAGE % dict(points=points, data=json.dumps(data).replace('<', '\\u003c')) # a label cannot end the script
 
-# %% ../nbs/26b_gallery.ipynb #2290ec3e
+# %% ../nbs/26b_gallery.ipynb #4bb19aaf
 def _page(out, feats, cache, about, k, most, groups):
     "report.html: what was done, a sheet of neighbours, and a map of up to `most` images"
     pick = torch.randperm(len(feats), generator=torch.Generator().manual_seed(0))[:most].sort().values.numpy()
     ask, parts = np.arange(len(feats))[::max(1, len(feats)//6)][:6], {'What was done': facts(about)}
-    if len(feats)>1: parts['Nearest images'] = picture(show_neighbours(cache.images, nearest(feats, k, ask, groups)[0], ask))
+    if len(feats)>1:
+        at = nearest(feats, k, ask, groups)[0]
+        parts['Nearest images'] = picture(show_neighbours(cache.images, at, ask))
     if len(pick)>=4:
         rows, images = cache.rows.iloc[pick], cache.images[pick]
         names = [c for c in ('labels', 'split', 'source', 'view') if c in rows and rows[c].nunique()>1]
@@ -208,6 +237,20 @@ def _page(out, feats, cache, about, k, most, groups):
         parts['Map'] = scatter_html(umap_coords(feats[pick]), images, names | {'brightness': images.mean((1, 2))})
     write_report(out/'report.html', 'Features of radiographs', parts)
 
+# %% ../nbs/26b_gallery.ipynb #23259b10
+def _embed(backbone, images, out, k, others, most, size, arch, where, chunk, workers):
+    "What the command does, its errors as they come"
+    if k<1: raise DataError(f"k must be at least 1, got {k}")
+    feats, cache, new = embed_images(backbone, images, out, size, arch, where, chunk, workers=workers)
+    who = cache.rows.patient if 'patient' in cache.rows else pd.Series([None]*len(feats))
+    if others and who.isna().any(): raise DataError(f"{images}: --others needs a patient for each image")
+    groups = who.astype(str).values if others else None
+    neighbour_table(*nearest(feats, k, groups=groups), cache.rows).to_csv(Path(out)/'neighbours.csv', index=False)
+    about = dict(backbone=Path(backbone).name, images=len(feats), left_out=len(cache.bad), features=feats.shape[1])
+    _page(Path(out), feats, cache, about | dict(c2l_nb=__version__), k, most, groups)
+    return feats, cache, new
+
+# %% ../nbs/26b_gallery.ipynb #c6700da8
 @call_parse
 def main(
     backbone:str, # Weights file: of c2l_pretrain, torchvision, MoCo, lightly …
@@ -223,15 +266,7 @@ def main(
     workers:int=None, # Processes that read files; default: one a processor
 ):
     "Features of radiographs from a backbone, and the nearest images of each"
-    try:
-        if k<1: raise DataError(f"k must be at least 1, got {k}")
-        feats, cache, new = embed_images(backbone, images, out, size, arch, where, chunk, workers=workers)
-        who = cache.rows.patient if 'patient' in cache.rows else pd.Series([None]*len(feats))
-        if others and who.isna().any(): raise DataError(f"{images}: --others needs a patient for each image")
-        groups = who.astype(str).values if others else None
-        neighbour_table(*nearest(feats, k, groups=groups), cache.rows).to_csv(Path(out)/'neighbours.csv', index=False)
-        about = dict(backbone=Path(backbone).name, images=len(feats), left_out=len(cache.bad), features=feats.shape[1], c2l_nb=__version__)
-        _page(Path(out), feats, cache, about, k, most, groups)
+    try: feats, cache, new = _embed(backbone, images, out, k, others, most, size, arch, where, chunk, workers)
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_embed: {e}") from e
     print(f"Wrote {out}: {feats.shape[1]} features of {len(feats):,} images, {new} chunks computed now"
           + (f"; {len(cache.bad):,} files could not be read and are left out, see bad.csv" if len(cache.bad) else ''))

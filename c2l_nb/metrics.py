@@ -46,7 +46,7 @@ def _weights(weight, patient, n):
 
 # %% ../nbs/21_metrics.ipynb #92f1316e
 def _sweep(pos, neg, p, w, patient):
-    "Some resamples at a time: weight of positives on each of their m scores, m×R; of negatives up to each cell, (2m+1)×R"
+    "Some resamples at a time: weight of positives on each of their m scores, m×R; of negatives to each cell, (2m+1)×R"
     t, at = p[pos].unique(return_inverse=True)  # the scores on which positives stand, low to high
     cell = torch.searchsorted(t, p[neg]) + torch.searchsorted(t, p[neg], right=True)  # 2i+1: on t[i]; even: between
     def by_patient(cells, on, m): return csr_matrix((np.ones(len(cells)), (cells, patient[on])), (m, w.shape[1]))
@@ -91,7 +91,8 @@ def average_precision(y, # Labels, N: 1, 0 or NaN (unknown)
 def _codes(name, groups, n):
     "Number of the group of each of `n` images, 0, 1, … in order of appearance; None makes each image its own"
     codes = np.arange(n) if groups is None else np.array(pd.factorize(np.asarray(groups))[0])
-    if codes.shape!=(n,): raise ValueError(f"{name} must name the patient of each of the {n} images; its shape is {codes.shape}")
+    if codes.shape!=(n,):
+        raise ValueError(f"{name} must name the patient of each of the {n} images; its shape is {codes.shape}")
     if (codes<0).any(): raise ValueError(f"{name} has no patient for {(codes<0).sum()} images")
     return torch.from_numpy(codes)
 
@@ -99,7 +100,7 @@ def patient_counts(groups, # The patient of each image, N: any labels; None make
                    n:int, # Number of images
                    n_boot:int=1000, # Resamples
                    seed:int=0, # Of the generator that draws them
-                  )->tuple: # (counts, int16 n_boot×patients: how often each was drawn; patient, N: the column of each image)
+                  )->tuple: # counts, int16 n_boot×patients: how often each was drawn; patient, N: column of each image
     "Draw patients with replacement, `n_boot` times. ValueError names `groups` if a patient is missing."
     if n==0 or n_boot<1: raise ValueError(f"y has {n} images and n_boot is {n_boot}: both must be at least 1")
     patient = _codes('groups', groups, n)
@@ -126,7 +127,8 @@ def _columns(y, p, classes):
     y, p = _float64(y), _float64(p)
     y, p = [a[:,None] if a.ndim==1 else a for a in (y, p)]
     if y.shape!=p.shape or y.ndim!=2:
-        raise ValueError(f"y and p must both be N×C (class numbers: `one_vs_rest`), not {tuple(y.shape)} and {tuple(p.shape)}")
+        raise ValueError("y and p must both be N×C (class numbers: `one_vs_rest`), "
+                         f"not {tuple(y.shape)} and {tuple(p.shape)}")
     classes = list(range(y.shape[1])) if classes is None else list(classes)
     if len(classes)!=y.shape[1]: raise ValueError(f"classes has {len(classes)} names for {y.shape[1]} columns of y")
     return y, p, classes
@@ -151,7 +153,7 @@ def _with_mean(a): return torch.cat([a, a.nanmean(-1, keepdim=True)], -1)  # C -
 def _scores(stat, y, p): return _with_mean(torch.tensor([stat(a, b) for a,b in zip(y.T, p.T)], dtype=torch.float64))
 
 def _table(y, classes, patient, reps, level, p_value=False, **cols):
-    "A row a class and one for the mean: counts, `cols` (the last is what `reps` resamples), the middle `level` of `reps`"
+    "A row a class and one for the mean: counts, `cols` (the last is resampled in `reps`), the middle `level` of `reps`"
     if not 0<level<1: raise ValueError(f"level must lie between 0 and 1, got {level}")
     point, notes = list(cols.values())[-1], _notes(y, patient, reps)
     out = [str(c) for c,n in zip(classes, notes) if n.startswith('undefined:')]
@@ -236,14 +238,16 @@ def power_note(y, # Labels, N×C or N: 1, 0 or NaN (unknown); a DataFrame names 
                expected:float=.8, # AUROC to reckon with
                r:float=.5, # Correlation of two models' AUROCs over resamples; networks alike have more
               )->pd.DataFrame: # a row a class, see the text below
-    "What AUROC this test set could tell apart, by Hanley & McNeil with patients for cases. ValueError names the argument."
-    if not (.5<=expected<1 and -1<=r<1): raise ValueError(f"expected must be in [0.5, 1), r in [-1, 1), not {expected}, {r}")
+    "What AUROC this test set could tell apart, by Hanley & McNeil with patients for cases. ValueError if out of range."
+    if not (.5<=expected<1 and -1<=r<1):
+        raise ValueError(f"expected must be in [0.5, 1), r in [-1, 1), not {expected}, {r}")
     y, _, classes = _columns(y, y, classes)
     patient, _ = _codes('groups', groups, len(y)), [_known(c, c) for c in y.T]
     pos, neg = (np.array(_patients(y==v, patient), dtype=float) for v in (1,0))
     half = 1.96*np.where(pos*neg>0, hanley_mcneil_se(expected, pos.clip(1), neg.clip(1)), np.nan)
     diff = half*(2*(1-r))**.5
-    note = np.select([pos*neg==0, np.minimum(pos, neg)<FEW], ['undefined', f'under {FEW} patients: intervals too narrow'], '')
+    notes = ['undefined', f'under {FEW} patients: intervals too narrow']
+    note = np.select([pos*neg==0, np.minimum(pos, neg)<FEW], notes, '')
     return pd.DataFrame({'class':classes, 'positives':(y==1).sum(0).numpy(),
                          'patients_pos':pos.astype(int), 'patients_neg':neg.astype(int), 'half_width':half,
                          'difference':diff, 'detectable':diff*(1.96+.84)/1.96, 'note':note})

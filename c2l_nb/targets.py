@@ -6,10 +6,11 @@
 __all__ = ['LabelLoss', 'Targets', 'make_targets', 'check_split', 'patient_codes', 'draw_fraction', 'check_targets',
            'check_fraction']
 
-# %% ../nbs/28_targets.ipynb #0b9f59da
-import warnings
+# %% ../nbs/28_targets.ipynb #e6a85ecd
+import difflib, warnings
 from dataclasses import dataclass
 import numpy as np, pandas as pd, torch, torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn, Tensor
 from .phantom import seeded
 from .datasets import CHEXPERT14, CHEXPERT5, CHEXPERT_POLICY, UNSURE, chexpert_labels
@@ -17,16 +18,17 @@ from .datasets import DataError, label_matrix, shared_patients, split_patients, 
 from .metrics import one_vs_rest
 from .pretrain import probe_labels
 
-# %% ../nbs/28_targets.ipynb #15e16aca
+# %% ../nbs/28_targets.ipynb #10624e5a
 class LabelLoss(nn.Module):
-    "Loss over known labels, and `activation`, the scores; labels N×C of 0, 1, 2 (unsure), NaN (unknown), or N class numbers"
+    "Loss over known labels, N×C of 0, 1, 2 (unsure), NaN (unknown), or N class numbers; `activation` gives scores"
     def __init__(self,
                  n_classes:int, # C
                  unsure:tuple=(), # positions of the classes that have three outputs: no, yes, unsure
                  one_class:bool=False, # labels are class numbers, exactly one holds
                 ):
         super().__init__()
-        self.n_classes, self.unsure, self.one_class, self.n_out = n_classes, list(unsure), one_class, n_classes + 2*len(unsure)
+        self.n_classes, self.unsure, self.one_class = n_classes, list(unsure), one_class
+        self.n_out = n_classes + 2*len(unsure)
 
     def _three(self, z): # B×n_out -> B×3×T: logits of no, yes, unsure
         no, maybe = z[:, self.n_classes:].chunk(2, 1)
@@ -38,20 +40,24 @@ class LabelLoss(nn.Module):
         if self.one_class: return F.cross_entropy(z, y.long())
         known, y = ~y.isnan(), y.nan_to_num().to(z.dtype)
         loss = F.binary_cross_entropy_with_logits(z[:, :self.n_classes], y.clamp(max=1), reduction='none')
-        if self.unsure: loss[:, self.unsure] = F.cross_entropy(self._three(z), y[:, self.unsure].long(), reduction='none')
+        at = self.unsure
+        if at: loss[:, at] = F.cross_entropy(self._three(z), y[:, at].long(), reduction='none')
         return (loss*known).sum()/known.sum().clamp_min(1)
 
-    def activation(self, z): # B×n_out
-        "Scores B×C in [0,1]"
-        z = z.float().as_subclass(Tensor)
-        if self.one_class: return z.softmax(1)
-        p = z[:, :self.n_classes].sigmoid()
-        if self.unsure: p[:, self.unsure] = (z[:, self.unsure] - z[:, self.n_classes:].chunk(2, 1)[0]).sigmoid()
-        return p
+# %% ../nbs/28_targets.ipynb #15ad8f80
+@patch
+def activation(self:LabelLoss, z): # B×n_out
+    "Scores B×C in [0,1]"
+    z = z.float().as_subclass(Tensor)
+    if self.one_class: return z.softmax(1)
+    p = z[:, :self.n_classes].sigmoid()
+    if self.unsure: p[:, self.unsure] = (z[:, self.unsure] - z[:, self.n_classes:].chunk(2, 1)[0]).sigmoid()
+    return p
 
-    def decodes(self, z): return z  # fastai asks for it; scores are what is wanted
+@patch
+def decodes(self:LabelLoss, z): return z  # fastai asks for it; scores are what is wanted
 
-# %% ../nbs/28_targets.ipynb #dd56d799
+# %% ../nbs/28_targets.ipynb #0dc4421d
 @dataclass
 class Targets:
     "What is to be learned and what is scored, for each row of a table"
@@ -62,84 +68,120 @@ class Targets:
     @property
     def one_class(self): return self.y.ndim == 1
     @property
-    def known(self): return ~(np.isnan(self.truth) & np.isnan(self.y.reshape(len(self.y), -1))).all(1) # rows that say anything at all
+    def known(self): # rows that say anything at all
+        return ~(np.isnan(self.truth) & np.isnan(self.y.reshape(len(self.y), -1))).all(1)
     def loss(self): return LabelLoss(len(self.classes), self.unsure, self.one_class)
     def take(self, at): return Targets(self.classes, self.y[at], self.truth[at], self.unsure)
 
-# %% ../nbs/28_targets.ipynb #02acde42
+# %% ../nbs/28_targets.ipynb #bb922edc
 def _columns_as_targets(rows, classes, policy):
     "Findings in columns of 1, 0, -1, blank"
     if policy is None and set(classes) <= set(CHEXPERT14): policy = CHEXPERT_POLICY
     values = rows[classes].apply(pd.to_numeric, errors='coerce').to_numpy(np.float32)
     odd = ~np.isin(values, [0, 1, -1]) & rows[classes].notna().to_numpy()
-    if odd.any(): raise DataError(f"column {classes[odd.any(0).argmax()]}: labels must be 1, 0, -1 (unsure) or blank; {odd.sum():,} are not")
+    if odd.any():
+        bad = classes[odd.any(0).argmax()]
+        raise DataError(f"column {bad}: labels must be 1, 0, -1 (unsure) or blank; {odd.sum():,} are not")
     unsure = [c for c, v in zip(classes, values.T) if (v == -1).any()]
-    if policy is None and unsure: raise DataError(f"{_some(unsure)}: some labels are -1 (unsure); choose a policy for them: {', '.join(UNSURE)}")
+    if policy is None and unsure:
+        raise DataError(f"{_some(unsure)}: some labels are -1 (unsure); choose a policy for them: {', '.join(UNSURE)}")
     if policy is None: return Targets(classes, values, values)
     y = chexpert_labels(rows, policy, classes)
     rule = policy if isinstance(policy, dict) else dict.fromkeys(classes, policy)
     unsure = tuple(i for i, c in enumerate(classes) if str(rule[c]).lower().removeprefix('u-') == 'multiclass')
     return Targets(classes, y, chexpert_labels(rows, 'ignore', classes), unsure)
 
-# %% ../nbs/28_targets.ipynb #bdbab572
+# %% ../nbs/28_targets.ipynb #94480283
 def _guess_task(known):
     "Several findings somewhere, or none, in labels such as 'Mass|Edema': multilabel"
     return 'multilabel' if known.str.contains('|', regex=False).any() or (known == 'No Finding').any() else 'multiclass'
 
-# %% ../nbs/28_targets.ipynb #d7677e46
-def make_targets(
-    rows:pd.DataFrame, # with `labels` (names joined by |, '' unknown), or with a column a finding; and `split`
-    labels:list|None=None, # classes; None: the five of CheXpert if there are such columns, else all that train and valid have 5 times
-    task:str='auto', # 'multilabel', 'multiclass' (the whole text of `labels` is one class), or 'auto': see `_guess_task`
-    policy:str|dict|None=None, # for unsure labels: zeros, ones, ignore, multiclass, a dict; None: `CHEXPERT_POLICY` for its findings
-)->Targets: # a row each
-    "Labels as numbers; DataError for values that are none, an unknown task or policy, fewer than two classes that exclude each other"
-    if task not in ('auto', 'multilabel', 'multiclass'): raise DataError(f"task must be auto, multilabel or multiclass, got {task!r}")
-    if labels is None and set(CHEXPERT5) <= set(rows): labels = CHEXPERT5
-    if labels and set(labels) <= set(rows): return _columns_as_targets(rows, list(labels), policy)
-    if policy is not None:
-        raise DataError(f"policy={policy!r} is for columns of findings with -1 in them; there are {_some(list(rows.columns), 20)}")
-    text = rows.labels.fillna('') if 'labels' in rows else pd.Series('', rows.index)
-    known = text[text != '']
-    if not len(known): raise DataError("no image has a label: give an index CSV with a column `labels`, or one column a finding")
-    if (_guess_task(known) if task == 'auto' else task) == 'multilabel':
-        classes = probe_labels(rows) if labels is None else list(labels)
-        if not classes: raise DataError("no label has 5 images with and 5 without it in train and in valid: name those to learn in labels")
-        y = np.where((text == '').values[:, None], np.float32('nan'), label_matrix(rows, classes))
-        return Targets(classes, y, y)
-    classes = sorted(known.unique()) if labels is None else list(labels)
+# %% ../nbs/28_targets.ipynb #62b2350e
+def _must_occur(
+    labels, # asked for
+    there, # names that occur
+):
+    "DataError for labels that occur nowhere, with those that look alike and those that do occur"
+    lost, there = [l for l in labels or () if l not in there], sorted(map(str, there))
+    if not lost: return
+    alike = list(dict.fromkeys(m for l in lost for m in difflib.get_close_matches(str(l), there)))
+    hint = f"did you mean {_some(alike)}? " if alike else ''
+    raise DataError(f"labels that occur nowhere in the table: {_some(lost, 8)}; {hint}there are {_some(there, 20)}")
+
+# %% ../nbs/28_targets.ipynb #b34c01f4
+def _names_as_targets(rows, labels):
+    "Findings joined by | in `labels`"
+    _must_occur(labels, {l.strip() for t in rows.labels.dropna().unique() for l in t.split('|')} - {''})
+    classes = probe_labels(rows) if labels is None else list(labels)
+    if not classes:
+        raise DataError("no label has 5 images with and 5 without it in train and in valid: name some in labels")
+    unknown = rows.labels.fillna('').eq('').values
+    y = np.where(unknown[:, None], np.float32('nan'), label_matrix(rows, classes))
+    return Targets(classes, y, y)
+
+def _one_class_targets(text, labels):
+    "The whole text is the class; '' is unknown"
+    _must_occur(labels, set(text) - {''})
+    classes = sorted(set(text) - {''}) if labels is None else list(labels)
     y = pd.Index(classes).get_indexer(text).astype(np.float32)
     y[y < 0] = np.nan
     return Targets(classes, y, one_vs_rest(y, classes).to_numpy(np.float32))
 
-# %% ../nbs/28_targets.ipynb #1e33159e
+# %% ../nbs/28_targets.ipynb #73b9f8e8
+def make_targets(
+    rows:pd.DataFrame, # with `labels` (names joined by |, '' unknown), or with a column a finding; and `split`
+    labels:list|None=None, # classes; None: CheXpert's five if there, else all that train and valid have 5 times
+    task:str='auto', # 'multilabel', 'multiclass' (all of `labels` is one class), or 'auto': see `_guess_task`
+    policy:str|dict|None=None, # for unsure labels: zeros, ones, ignore, multiclass, a dict; None: `CHEXPERT_POLICY`
+)->Targets: # a row each
+    "Labels as numbers; DataError for values that are none, labels that occur nowhere, an unknown task or policy"
+    tasks = 'auto', 'multilabel', 'multiclass'
+    if task not in tasks: raise DataError(f"task must be auto, multilabel or multiclass, got {task!r}")
+    if labels is None and set(CHEXPERT5) <= set(rows): labels = CHEXPERT5
+    if labels and set(labels) <= set(rows): return _columns_as_targets(rows, list(labels), policy)
+    text, columns = rows.labels.fillna('') if 'labels' in rows else pd.Series('', rows.index), list(rows.columns)
+    known = text[text != '']
+    if labels and not (len(known) and set(labels).isdisjoint(columns)): _must_occur(labels, columns)
+    if policy is not None:
+        raise DataError(f"policy={policy!r} is for columns of findings with -1 in them; there are {_some(columns, 20)}")
+    if not len(known): raise DataError("no image has a label: give a column `labels`, or one column a finding")
+    if task == 'auto': task = _guess_task(known)
+    return _names_as_targets(rows, labels) if task == 'multilabel' else _one_class_targets(text, labels)
+
+# %% ../nbs/28_targets.ipynb #d32a22e0
 def check_split(
     rows:pd.DataFrame, # with `split`, `patient`, `path`
     seed:int=0, # of what has to be dealt out
+    table:str='the table', # where the rows stand, for the warning of unknown patients; '': no warning
 )->tuple: # rows with train, valid and test; a sentence on what was done
-    "A split whose test set has no part in any choice; DataError if patients stand on two sides, or train and valid are all there is"
+    "A split whose test set has no part in any choice; DataError if patients stand on two sides or test is missing"
     both, have = shared_patients(rows), set(rows.split)
-    if both: raise DataError(f"{len(both):,} patients stand on both sides of the split: {_some(both, 8)}; deal out patients, not images "
-                             "(c2l_nb.datasets.split_patients), or drop their training images")
-    lost = int(rows.patient.isna().sum())
-    if lost: warnings.warn(f"{lost:,} images have no patient, each counts as one of its own: may leak")
-    if have == {'train'}: return split_patients(rows, seed=seed), "no split was given: a fifth of the patients is valid, a fifth test"
+    if both: raise DataError(f"{len(both):,} patients stand on both sides of the split: {_some(both, 8)}; deal out "
+                             "patients, not images (c2l_nb.datasets.split_patients), or drop their training images")
+    lost = rows.patient.isna()
+    if lost.any() and table:
+        warnings.warn(f"{table}: {lost.sum():,} of {len(rows):,} images have no patient, "
+                      "each counts as one of its own: may leak")
+    def named(r): return r.assign(patient=r.patient.astype(object).where(r.patient.notna(), '\0' + r.path.astype(str)))
+    if have == {'train'}:
+        dealt = rows.assign(split=split_patients(named(rows), seed=seed).split)
+        return dealt, "no split was given: a fifth of the patients is valid, a fifth test"
     if have == {'train', 'test'}:
         train = rows.split == 'train'
-        inner = split_patients(rows[train], valid=.1, test=0., seed=seed)
-        said = "no valid was given: a tenth of the training patients, to choose checkpoints on"
-        return rows.assign(split=rows.split.where(~train, inner.split)), said
-    if have != {'train', 'valid', 'test'}:
-        raise DataError(f"split has only {_some(sorted(have))}: what is scored must be named test, since valid chooses the checkpoint")
-    return rows, "the split as given"
+        inner = split_patients(named(rows[train]), valid=.1, test=0., seed=seed)
+        return (rows.assign(split=rows.split.where(~train, inner.split)),
+                "no valid was given: a tenth of the training patients, to choose checkpoints on")
+    if have == {'train', 'valid', 'test'}: return rows, "the split as given"
+    raise DataError(f"split has only {_some(sorted(have))}: what is scored must be named test, "
+                    "since valid chooses the checkpoint")
 
-# %% ../nbs/28_targets.ipynb #0488fc92
+# %% ../nbs/28_targets.ipynb #990b2144
 def patient_codes(rows): # with `patient`
     "Number of each row's patient, 0, 1, … in order of appearance; an unknown patient is one of its own"
     own = np.array([f'\0{i}' for i in range(len(rows))], object)
     return pd.factorize(rows.patient.astype(object).where(rows.patient.notna(), own))[0]
 
-# %% ../nbs/28_targets.ipynb #a68e262c
+# %% ../nbs/28_targets.ipynb #9c2988ce
 def draw_fraction(
     patient:np.ndarray, # of each training image, from `patient_codes`
     fraction:float, # of the patients, above 0, at most 1
@@ -150,39 +192,44 @@ def draw_fraction(
     order = torch.randperm(len(names), generator=seeded(draw, 7)).numpy()
     return np.isin(patient, names[order[:max(1, round(fraction*len(names)))]])
 
-# %% ../nbs/28_targets.ipynb #6d393fcf
+# %% ../nbs/28_targets.ipynb #8dc29df2
 def _lacking(t, at):
     "Names of the classes without a positive, and without a negative, among the rows `at`"
     y = t.truth[at] if t.one_class else t.y[at]
     return [[c for c, v in zip(t.classes, y.T) if not (v == k).any()] for k in (1, 0)]
 
-# %% ../nbs/28_targets.ipynb #7cf710c8
+# %% ../nbs/28_targets.ipynb #d6af69a8
 def check_targets(
     t:Targets, # of all rows
     split:np.ndarray, # train, valid or test of each
 ):
     "DataError if a class cannot be learned (train), chosen by (valid) or if none can be scored (test)"
-    if t.one_class and len(t.classes) < 2: raise DataError(f"there is one class only, {_some(t.classes)}: nothing can be told apart")
+    if t.one_class and len(t.classes) < 2:
+        raise DataError(f"there is one class only, {_some(t.classes)}: nothing can be told apart")
     if t.one_class and np.isnan(t.y).any():
-        raise DataError(f"{np.isnan(t.y).sum():,} class numbers are NaN: classes that exclude each other have no mask, drop these rows")
+        raise DataError(f"{np.isnan(t.y).sum():,} class numbers are NaN: classes that exclude each other have no mask, "
+                        "drop these rows")
     for s in ('train', 'valid'):
         at = t if s == 'train' else Targets(t.classes, t.truth, t.truth)
         for word, names in zip(('positive', 'negative'), _lacking(at, split == s)):
-            if names: raise DataError(f"{s} has no {word} of {_some(names, 8)}: leave them out of labels, or split anew")
+            if names:
+                raise DataError(f"{s} has no {word} of {_some(names, 8)}: leave them out of labels, or split anew")
     pos, neg = _lacking(Targets(t.classes, t.truth, t.truth), split == 'test')
-    if len(set(pos + neg)) == len(t.classes): raise DataError("test has no class with positives and negatives: nothing can be scored")
+    if len(set(pos + neg)) == len(t.classes):
+        raise DataError("test has no class with positives and negatives: nothing can be scored")
 
-# %% ../nbs/28_targets.ipynb #9bc74b7b
+# %% ../nbs/28_targets.ipynb #a315d6a1
 def check_fraction(
     t:Targets, # of the training rows
     patient:np.ndarray, # of each, from `patient_codes`
     fraction:float, draw:int=0, # see `draw_fraction`
 ):
-    "DataError if the drawn patients leave a class without a positive or negative, saying from which fraction on they do not"
+    "DataError if the drawn patients leave a class without a positive or negative, and the fraction that would do"
     if not 0 < fraction <= 1: raise DataError(f"a fraction must be above 0 and at most 1, got {fraction:g}")
     names = sorted({n for ns in _lacking(t, draw_fraction(patient, fraction, draw)) for n in ns})
     if not names: return
     n = len(np.unique(patient))
     enough = next(k for k in range(1, n+1) if not any(_lacking(t, draw_fraction(patient, k/n, draw))))
-    raise DataError(f"a fraction of {fraction:g}, draw {draw}, is {max(1, round(fraction*n)):,} of {n:,} patients and leaves {_some(names, 8)} "
-                    f"without a positive or a negative: take {np.ceil(1000*enough/n)/1000:g} or more, or leave these out of labels")
+    raise DataError(f"a fraction of {fraction:g}, draw {draw}, is {max(1, round(fraction*n)):,} of {n:,} patients and "
+                    f"leaves {_some(names, 8)} without a positive or a negative: take {np.ceil(1000*enough/n)/1000:g} "
+                    "or more, or leave these out of labels")

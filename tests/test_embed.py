@@ -294,6 +294,8 @@ def test_stopped_damaged_and_stale_chunks(films, done, monkeypatch):
 def test_embed_refuses_what_it_cannot_use(films, done, tmp_path):
     with pytest.raises(DataError, match='neither a folder nor'): gallery.embed_images(films/'body0.safetensors', films/'none', tmp_path/'o')
     with pytest.raises(DataError, match='build it with --size 64'): again(films, size=64)
+    used = f"^{films/'out'}: was begun with .*size 32 there and 24 here.*; choose another --out, or delete"
+    with pytest.raises(DataError, match=used): gallery.embed_images(films/'body0.safetensors', films/'x', films/'out', size=24)
     with pytest.raises(DataError, match='size and chunk'): again(films, chunk=0)
     with pytest.raises(DataError, match='is a cache'): again(films, where='view=PA')
     with pytest.raises(WeightsError, match='architecture'): again(films, out='o', arch='resnet34')

@@ -1,5 +1,5 @@
 "Fine-tuning: masks and policies, what stays frozen, the choice of the epoch, resume and repetition to the bit, bad input."
-import pickle
+import pickle, warnings
 import numpy as np, pandas as pd, pytest, torch
 from fastcore.script import anno_parser
 from safetensors.torch import save_file
@@ -9,7 +9,7 @@ from c2l_nb.classifier import Classifier, KeepBest, features_of, finetune_learne
 from c2l_nb.compare import compare, read_run, roc_points
 from c2l_nb.datasets import CHEXPERT5, CHEXPERT14, DataError
 from c2l_nb.encoder import Prepare, create_encoder
-from c2l_nb.finetune import finetune, plan
+from c2l_nb.finetune import card_size, finetune, plan
 from c2l_nb.metrics import auroc
 from c2l_nb.targets import LabelLoss, Targets, check_fraction, check_split, check_targets, draw_fraction, make_targets
 from c2l_nb.weights import WeightsError, export_backbone
@@ -33,6 +33,9 @@ def data(monkeypatch):
     held = list(squares())
     monkeypatch.setattr(module, 'load_data', lambda data, size, *args: (*held, 'mark'))
     return held
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch): monkeypatch.setattr('c2l_nb.compare._sections', lambda *args: {})      # `run` alone draws its report
 
 @pytest.fixture(scope='module')
 def backbone(tmp_path_factory):
@@ -60,6 +63,7 @@ def test_run_folder(run):
     assert got[:2] == pytest.approx(by_hand) and got[2] == pytest.approx(by_hand.mean())
     assert {'init', 'fraction', 'draw', 'seed', 'epoch', 'valid_loss', 'auroc', 'chosen'} <= set(curves) and (curves.groupby(['init', 'fraction', 'draw']).chosen.sum() == 1).all()
     assert (differences.init == 'C2L').all() and (differences.minus == 'untrained').all()
+    assert (out/'report.html').read_text(encoding='utf-8').count('data:image/png') >= 4
 
 def test_no_patient_and_no_path_is_written(run, backbone):
     for p in run[0].rglob('*'):
@@ -87,6 +91,45 @@ def test_resume_refuses_another_file_of_the_same_name(run, tmp_path):
     other = export_backbone(load_body('untrained', seed=6)[0], tmp_path/'x.safetensors')
     with pytest.raises(ValueError, match='inits.C2L'):
         finetune(out=run[0], resume=True, init=['untrained', f'C2L={other}'], fractions=[.5, 1.], draws=2, **{**TINY, 'epochs': 1})
+
+def test_probe_of_a_file_is_computed_once_for_all_seeds(backbone, tmp_path, monkeypatch):
+    "Each seed has its scores, the same to the bit; an untrained body has a probe a seed"
+    done, whole = [], module.run_cell
+    monkeypatch.setattr(module, 'run_cell', lambda *a, **kw: done.append(a[5:7]) or whole(*a, **kw))
+    finetune(out=tmp_path/'out', init=[f'C2L={backbone}', 'untrained'], mode='probe', seeds=2, **TINY)
+    assert done == [(str(backbone), 0), ('untrained', 0), ('untrained', 1)]
+    p = {k: (tmp_path/'out'/'predictions'/f'{k}.csv').read_bytes() for k in ('C2L_1_0_0', 'C2L_1_0_1', 'untrained_1_0_0', 'untrained_1_0_1')}
+    assert p['C2L_1_0_0'] == p['C2L_1_0_1'] and p['untrained_1_0_0'] != p['untrained_1_0_1']
+
+# The size of the views
+
+@pytest.fixture(scope='module')
+def cards(tmp_path_factory):
+    "Files of a small network whose cards name 48, 48, 64 px and no size, and one without a card"
+    root, net = tmp_path_factory.mktemp('cards'), nn.Conv2d(1, 2, 3)
+    files = [str(export_backbone(net, root/f'{i}.safetensors', dict(size=s))) for i, s in enumerate((48, 48, 64, None))]
+    save_file(net.state_dict(), root/'none.safetensors')
+    return [*files, str(root/'none.safetensors')]
+
+@pytest.mark.parametrize('at, size', [((), 224), ((0,), 48), ((0, 1), 48), ((0, 2), 224), ((0, 3), 224), ((0, 4), 224), ((4,), 224)])
+def test_size_is_the_cards_if_they_agree(cards, at, size, capsys):
+    assert card_size({'u': 'untrained', **{str(i): cards[i] for i in at}}) == size
+    said = capsys.readouterr().out
+    assert (f'views of {size} px' in said) == bool(at) and ('no common size' in said) == (bool(at) and size == 224)
+
+@pytest.mark.parametrize('how, size', [(dict(init='{}'), 48), (dict(init='{}', size=32), 32), (dict(init='untrained'), 48), (dict(data='x.csv'), 224),
+                                       (dict(data='x.csv', init='untrained {}'), 48)])
+def test_command_takes_the_cards_size(cards, how, size, monkeypatch):
+    "Given or not; phantoms and tables have their own default"
+    def stop(*args, size, **kwargs): raise ValueError(f'size {size}')
+    monkeypatch.setattr(module, 'finetune', stop)
+    with pytest.raises(SystemExit, match=f'size {size}$'): module.main(**{k: v.format(cards[0]) if k == 'init' else v for k, v in how.items()})
+
+def test_function_takes_the_cards_size(cards, monkeypatch):
+    monkeypatch.setattr(module, '_finetune', lambda data, out, inits, s, *args: s['size'])
+    assert finetune(init=[cards[0]]) == 48 and finetune(init=[cards[0]], size=32) == 32 and finetune() == 224
+
+# Choices
 
 def test_test_labels_have_no_part_in_any_choice(data, tmp_path, monkeypatch):
     "Other labels of test: the same scores to the bit"
@@ -216,7 +259,8 @@ def test_head_of_another_width_is_left_out_and_said(tmp_path, capsys):
     (dict(init=['nowhere.pth']), 'is no file'), (dict(init=['a=untrained', 'a=imagenet']), 'named twice'), (dict(mode='half'), 'full or probe'),
     (dict(epochs=0), 'epochs must be at least 1'), (dict(precision='int8'), 'precision'), (dict(resume=True), 'no run to resume'), (dict(task='both'), 'task must be'),
     (dict(fractions=[2.]), 'above 0 and at most 1'), (dict(fractions=[.01]), 'leaves Left, Top without a positive or a negative: take'),
-    (dict(policy='zeros'), 'columns of findings'), (dict(labels=['Top', 'Hernia']), 'train has no positive of Hernia: leave them out')])
+    (dict(policy='zeros'), 'columns of findings'), (dict(labels=['Top', 'Hernia']), 'occur nowhere in the table: Hernia; there are Left, No Finding, Top'),
+    (dict(labels=['Topp', 'Left']), 'nowhere in the table: Topp; did you mean Top'), (dict(labels=['top'], task='multiclass'), 'nowhere.*: top; did you mean Top')])
 def test_bad_arguments_leave_no_folder(bad, words, tmp_path):
     with pytest.raises((ValueError, OSError), match=words): finetune(**{**TINY, 'out': tmp_path/'new', **bad})
     assert not (tmp_path/'new').exists()
@@ -233,6 +277,22 @@ def test_a_table_is_judged_before_its_images_are_read(tmp_path, monkeypatch):
     rows.to_csv(tmp_path/'index.csv', index=False)
     with pytest.raises(DataError, match='10 patients stand on both sides'): finetune(str(tmp_path/'index.csv'), tmp_path/'out', **TINY)
 
+@pytest.mark.parametrize('split', [('train',), ('train', 'test')])
+def test_unknown_patients_are_warned_of_once_by_the_table(split, data, monkeypatch):
+    data[1] = data[1].assign(patient=None, split=np.resize(split, 80))
+    monkeypatch.setattr(module, 'read_items', lambda data, where: data_rows)
+    data_rows = data[1]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        rows = module._read('films/index.csv', (TINY['labels'], 'auto', None, [1.], 1), 16, 0, '', 'keep')[2]
+    assert [str(w.message) for w in said if 'patient' in str(w.message)] == [
+        'films/index.csv: 80 of 80 images have no patient, each counts as one of its own: may leak']
+    assert set(rows.split) == {'train', 'valid', 'test'} and rows.patient.isna().all()
+
+def test_a_given_split_needs_no_paths():
+    rows = squares()[1].drop(columns='path')                                            # as phantoms come
+    assert check_split(rows)[0].equals(rows)
+
 def test_a_missing_valid_is_taken_from_train_and_a_missing_test_is_refused():
     rows = squares()[1]
     two, said = check_split(rows[rows.split != 'valid'])
@@ -241,6 +301,7 @@ def test_a_missing_valid_is_taken_from_train_and_a_missing_test_is_refused():
 
 @pytest.mark.parametrize('change, words', [
     (lambda t: Targets(t.classes, np.ones_like(t.y), np.ones_like(t.y)), 'train has no negative of Top, Left'),
+    (lambda t: Targets(t.classes, t.y*[1, 0], t.truth*[1, 0]), 'train has no positive of Left: leave them out'),
     (lambda t: Targets(['KL0'], np.zeros(len(t.y)), np.ones((len(t.y), 1))), 'one class only'),
     (lambda t: Targets(['a', 'b'], np.where(np.arange(len(t.y)) == 3, np.nan, t.y[:, 0]), t.y), '1 class numbers are NaN')])
 def test_labels_that_teach_nothing(change, words):
@@ -252,6 +313,11 @@ def test_labels_that_are_no_labels():
     with pytest.raises(DataError, match='column Cyst: labels must be 1, 0, -1'): make_targets(rows, ['Cyst'])
     with pytest.raises(DataError, match='choose a policy'): make_targets(rows.assign(Cyst=-1), ['Cyst'])
     with pytest.raises(DataError, match='no image has a label'): make_targets(rows.assign(labels=''))
+
+def test_misspelt_columns_are_named():
+    rows = chexpert_rows(squares()[1])
+    with pytest.raises(DataError, match='nowhere in the table: Edma; did you mean Edema'): make_targets(rows, ['Edma', 'Cardiomegaly'])
+    with pytest.raises(DataError, match='nowhere in the table: Edma; did you mean Edema'): make_targets(rows, ['Edma'])
 
 def test_nan_in_columns_of_findings_is_masked():
     rows = squares()[1].assign(Cyst=[1., 0., np.nan, 1.]*20)

@@ -107,6 +107,8 @@ def test_command_explains_itself(tmp_path):
     (tmp_path/'x.py').write_text(code)                        # a file, as an installed script is: fastcore reads arguments only then
     said = run(sys.executable, tmp_path/'x.py', cwd=tmp_path).split('command ')[1:]
     assert [s.split('\n')[0] for s in said] == [name for name, _ in scripts] and all('usage' in s for s in said)
+    two = [o for s in said for o in re.findall(r'--[a-z]+[-_][a-z]+', s)]
+    assert not two, f"{two}: older and newer fastcore spell options of two words differently"
 
 def test_readme_is_made_from_the_index(tmp_path):
     if not has('nbconvert'): pytest.skip("needs nbconvert: pip install -e '.[dev]'")

@@ -17,8 +17,8 @@ def one_thread():
 
 @pytest.fixture(scope='module')
 def patients():
-    "200 patients at 64 px: without findings (key None), then with each"
-    return [{k: phantom(s, (k,) if k else (), 64, s%4) for k in (None,)+FINDINGS} for s in SEEDS]
+    "200 patients at 64 px: without findings (key None), and every third of them with each"
+    return [{k: phantom(s, (k,) if k else (), 64, s%4) for k in (None,)+(FINDINGS if s%3==0 else ())} for s in SEEDS]
 
 @pytest.fixture(scope='module')
 def normals(patients): return [p[None] for p in patients]
@@ -50,7 +50,7 @@ def test_exposure_saturates_little(normals):
 @pytest.mark.parametrize('name', FINDINGS)
 def test_finding_changes_only_its_region(name, patients):
     "With and without it, pose and noise equal: pixels change in the box, for diffuse ones in the lungs, and nowhere else"
-    for s,ps in zip(SEEDS, patients):
+    for s,ps in list(zip(SEEDS, patients))[::3]:
         p, q = ps[None], ps[name]
         changed, region = p.image16!=q.image16, q.masks[name]
         if name in DIFFUSE:

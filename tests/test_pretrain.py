@@ -10,15 +10,20 @@ from c2l_nb.pretrain import choose_config, pretrain
 from c2l_nb.weights import load_backbone, read_card
 
 pytestmark = pytest.mark.filterwarnings('ignore:the queue of', 'ignore:.*cannot be read', 'ignore:no image is labelled')
-TINY = dict(size=24, epochs=3, batch=16, n_phantoms=300, queue_size=48)
+TINY = dict(size=16, epochs=3, batch=32, n_phantoms=300, queue_size=96)
+
+def cheaper(mp, labels=module.probe_labels):
+    "No UMAP, whose import takes 20 s, and probes of one finding"
+    mp.setattr(module, 'umap_coords', lambda feats, **kw: feats[:, :2].numpy())
+    mp.setattr(module, 'probe_labels', lambda rows: labels(rows)[:1])
 
 @pytest.fixture(autouse=True)
-def no_umap(monkeypatch): monkeypatch.setattr(module, 'umap_coords', lambda feats, **kw: feats[:, :2].numpy())     # its import takes 20 s
+def cheap(monkeypatch): cheaper(monkeypatch)
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(module, 'umap_coords', lambda feats, **kw: feats[:, :2].numpy())
+        cheaper(mp)
         out = tmp_path_factory.mktemp('runs')/'whole'
         pretrain(out=out, **TINY)
     return out
@@ -29,15 +34,14 @@ def test_run_folder(run):
     assert {'config.json', 'log.csv', 'checkpoint', 'backbone.safetensors', 'embedding.png', 'report.html', 'probe.csv'} <= names
     about, log, card = json.loads((run/'config.json').read_text()), pd.read_csv(run/'log.csv'), read_card(run/'backbone.safetensors')
     assert log.epoch.tolist() == [0, 1, 2] and {'train_loss', 'top1', 'std', 'knn'} <= set(log)
-    assert about['config']['queue_size'] == 48 and about['data']['images'] == 180 and about['versions']['torch'] == torch.__version__
+    assert about['config']['queue_size'] == 96 and about['data']['images'] == 180 and about['versions']['torch'] == torch.__version__
     assert card['arch'] == 'resnet18' and card['channels'] == 1 and card['config'] == about['config']
-    assert load_backbone(run/'backbone.safetensors')(torch.zeros(2, 1, 24, 24)).shape == (2, 512)
+    assert load_backbone(run/'backbone.safetensors')(torch.zeros(2, 1, 16, 16)).shape == (2, 512)
 
 def test_report_is_one_file_without_patients_or_paths(run):
     html = (run/'report.html').read_text()
     assert 'data:image/png;base64' in html and str(run.parent) not in html and 'P00000' not in html and 'src="http' not in html
 
-@pytest.mark.slow                                            # test_resume.py has the same with a SIGKILL and a smaller network
 def test_resume_equals_the_uninterrupted_run(run, tmp_path, monkeypatch):
     "Stopped in epoch 1, resumed: the backbone is the same to the bit"
     ask = OnlineProbe.after_train
@@ -64,9 +68,9 @@ def test_folder_without_labels_and_with_a_broken_file(tmp_path):
     assert len(learn.dls.train_ds) == 40 and 'knn' not in pd.read_csv(tmp_path/'out'/'log.csv') and not (tmp_path/'out'/'probe.csv').exists()
 
 def test_index_csv_trains_on_its_train_split(tmp_path):
-    index = write_phantoms(tmp_path/'x', 100, fmt='dcm', size=32, progress=False)
+    index = write_phantoms(tmp_path/'x', 60, fmt='dcm', size=32, progress=False)
     learn = pretrain(str(index), tmp_path/'out', config='small_moco', **{**TINY, 'epochs': 1})
-    assert len(learn.dls.train_ds) == 60 and not learn.model.config.mixes
+    assert len(learn.dls.train_ds) == 36 and not learn.model.config.mixes
 
 @pytest.mark.parametrize('bad, words', [
     (dict(data='nowhere'), 'neither a folder nor an index CSV'), (dict(arch='resnet81'), 'resnet'), (dict(precision='int8'), 'precision'),
@@ -77,7 +81,6 @@ def test_bad_arguments_cost_nothing(bad, words, tmp_path):
     with pytest.raises(ValueError, match=words): pretrain(**{**TINY, 'out': tmp_path/'new', **bad})
     assert not (tmp_path/'new').exists()
 
-@pytest.mark.slow                                            # test_precision.py has it for a step of the callback
 def test_bf16_on_a_cpu_is_half_precision_inside(tmp_path, monkeypatch):
     "The convolutions run in bfloat16, the loss in float32"
     seen = []

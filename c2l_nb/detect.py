@@ -316,10 +316,10 @@ def main(
     batch:int=4, # Images a step (paper)
     lr:float=5e-4, # AdamW's learning rate
     width:int=None, # Channels of pyramid and heads; default 256 (RetinaNet), for phantoms 64
-    score_on:str='valid', # Split that is scored: valid or test
+    split:str='valid', # Split that is scored: valid or test
     seed:int=0, # Of all draws
     precision:str='fp32', # fp32, bf16 or fp16
-    n_phantoms:int=600, # Phantoms to draw
+    phantoms:int=600, # Phantoms to draw
     resume:bool=False, # Go on with the run in --out from its last finished epoch, with the same settings
     cache:str='', # Folder that keeps the squares on disk; default: in memory
 ):
@@ -327,8 +327,8 @@ def main(
     small = dict(size=128, epochs=6, width=64) if data == 'phantoms' else dict(size=512, epochs=12, width=256)
     own = {k: v for k, v in dict(size=size, epochs=epochs, width=width).items() if v is not None}
     try:
-        score = detect(data, out, boxes, side, init, batch=batch, lr=lr, score_on=score_on, seed=seed, precision=precision,
-                       n_phantoms=n_phantoms, resume=resume, cache=cache, **(small | own))
+        score = detect(data, out, boxes, side, init, batch=batch, lr=lr, score_on=split, seed=seed, precision=precision,
+                       n_phantoms=phantoms, resume=resume, cache=cache, **(small | own))
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_detect: {e}") from e
     print(score.to_string(index=False, float_format='{:.3f}'.format))
     print(f"Wrote {out}: see report.html; the boxes are in predictions.csv")

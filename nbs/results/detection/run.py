@@ -75,13 +75,13 @@ def main():
             runs[init, seed] = Path(args.work)/f'{args.data}-{args.score}-{init}-{seed}'
             seconds[f'{init} {seed}'] = run(runs[init, seed], file, seed, args, own)
     _, rows, mark = load_detection(own['data'], own['size'], own.get('boxes'), own.get('side'), own.get('n_phantoms', 0), progress=False)
-    rows = rows[rows.split == args.score].reset_index(drop=True)
+    trained, rows = int((rows.split == 'train').sum()), rows[rows.split == args.score].reset_index(drop=True)
     for name, parts in results(runs, rows).items(): pd.concat(parts).to_csv(here/f'{args.data}-{args.score}-{name}.csv', index=False)
     if args.data == 'phantoms':
         rows.assign(image=rows.patientId.map(short), number=rows.path.str.split('/').str[-1], truth=[text(b, 4) for b in rows.boxes])[
             ['image', 'number', 'truth']].to_csv(here/f'phantoms-{args.score}-truth.csv', index=False)
     about = dict(command='run.py ' + ' '.join(a for a in sys.argv[1:] if a not in ('--work', args.work)), settings=SETTINGS[args.data] | changed,
-                 precision=args.precision, seeds=args.seeds, inits=['untrained', *encoders], images=len(rows), with_boxes=int((rows.boxes.str.len() > 0).sum()),
+                 precision=args.precision, seeds=args.seeds, inits=['untrained', *encoders], trained_on=trained, images=len(rows), with_boxes=int((rows.boxes.str.len() > 0).sum()),
                  fingerprint=mark, seconds=seconds, versions=dict(c2l_nb=__version__, torch=torch.__version__, torchvision=torchvision.__version__,
                                                                  python=platform.python_version()))
     (here/f'{args.data}-{args.score}.json').write_text(json.dumps(about, indent=1))

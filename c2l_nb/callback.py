@@ -62,7 +62,7 @@ class C2LCallback(Callback):
         n = learn.dls.train.n
         if n and self.config.queue_size > .3*3*n:
             warnings.warn(f"the queue of {self.config.queue_size} keys holds more than 30 % of the 3×{n} keys of an epoch, many of images in "
-                          f"the batch: take C2LConfig.small(n_images={n}, n_steps=epochs*len(dls.train)), or a smaller queue_size")
+                          f"the batch: more images or a smaller queue_size help (C2LConfig.small has a rule, down to four steps)")
 
     def _groups(self, splitter, student):
         "The user's parameter groups of the body, the head in the last; nothing of the teacher"

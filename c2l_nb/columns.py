@@ -108,7 +108,8 @@ def _score_lines(table, arch, pool, init): # init: column -> file or word
         return [f"c2l_detect --data rsna_pneumonia --init {f} --out {_name(5, n)}" for n, f in init.items()]
     data = 'chexpert' if table == '4' else 'chestxray14_16k' if pool == 'ablation' else 'chestxray14'
     hours = 3*len(init)*gpu_hours(arch, dict(chexpert=223_414, chestxray14_16k=16_524, chestxray14=86_524)[data], 50, 3)
-    many = ' '.join(f if f in ('untrained', 'imagenet') else f"{_name('', c)}={f}" for c, f in init.items())
+    order = sorted(init, key=lambda c: not c.endswith(('MoCo', 'No mixup')))      # compared with the first
+    many = ' '.join(f if f in ('untrained', 'imagenet') else f"{_name('', c)}={f}" for c, f in ((c, init[c]) for c in order))
     return [f"c2l_finetune --data {data}.csv --arch {arch} --epochs 50 --seeds 3 --out table{table}_{arch} "
             f"--init '{many}'  # about {hours:.1f} GPU-hours"]
 

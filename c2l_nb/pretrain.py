@@ -244,7 +244,7 @@ def pretrain(
     "Pretrain a backbone and write a run folder. ValueError before anything long if an argument cannot work, RuntimeError for a dead run."
     first = setup()[0] == 0                                       # of the processes that torchrun started, or the only one
     out = rank0(_check, out, resume, arch, precision, save_every, size=size, epochs=epochs, batch=batch)
-    C2LConfig().replace(**changes)                                # a misspelt field ends here
+    choose_config(config, 10**6, None, None, **changes)           # a misspelt name or field ends here
     images, rows, mark = rank0(load_data, data, round(1.25*size), n_phantoms, where, cache or f'{out}-cache')
     config = choose_config(config, int((rows.split == 'train').sum()), batch, epochs, lr=lr, size=size, seed=seed, **changes)
     labels, about = probe_labels(rows), _about(config, arch, rows, mark, data)

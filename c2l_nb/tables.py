@@ -176,6 +176,12 @@ def _held(grid, of): # of: Start -> what a table needs of it
         except (OSError, ImportError) as e: left[name] = str(e).split('. ')[0]
     return held, left
 
+def _heading(pool):
+    "What must be known before the figures"
+    if pool.args['data'] != 'phantoms': return ''
+    return ("PHANTOMS, to see that everything runs: the figures say nothing about radiographs or the method. "
+            "Intervals resample test patients, not training seeds.\n\n")
+
 def _write(out, stem, t, md, left):
     "A table as Markdown and CSV"
     md += ''.join(f'\nNot here: {name}: {why}\n' for name, why in left.items())
@@ -195,7 +201,7 @@ def _probe_tables(table, scale, out, pool, grid, split):
         for kind in ('probe', 'knn'):
             own = {n: [r[task][kind] for r in runs] for n, runs in held.items()}
             how[kind] = render(table, own, truth, patient_of(rows))
-        md = (f"Table {table}, {task}, {split} ({len(rows)} images, mean AUROC over {', '.join(labels)})\n\n"
+        md = (f"{_heading(pool)}Table {table}, {task}, {split} ({len(rows)} images, mean AUROC over {', '.join(labels)})\n\n"
               f"Linear probe:\n\n{text(how['probe'])}\n\n20 neighbours:\n\n{text(how['knn'])}\n")
         t = pd.concat([t.assign(score=k) for k, t in how.items()], ignore_index=True)
         done[task] = _write(out, f'table{table}-{scale}-{task}-{split}', t, md, left)
@@ -209,7 +215,7 @@ def _box_table(scale, out, pool, grid, split, shared, rows, name):
     patients = rows.patient.where(rows.patient.notna(), rows.patientId).tolist()
     t = render_boxes(held, rows.boxes.tolist(), patients)
     n = rows.boxes.str.len().sum()
-    md = f"Table 5, {split} ({len(rows)} images, {n} boxes): mAP in percent (95 %) [paper]\n\n{text_boxes(t)}\n"
+    md = f"{_heading(pool)}Table 5, {split} ({len(rows)} images, {n} boxes): mAP in percent (95 %) [paper]\n\n{text_boxes(t)}\n"
     return {'boxes': _write(out, f'table5-{scale}-boxes-{split}', t, md, left)}
 
 # %% ../nbs/33_tables.ipynb #a74b74e4

@@ -127,7 +127,7 @@ def test_share_batches(monkeypatch):
 
 def test_ddp_leaves_the_queue_alone():
     "The names that DDP is told to ignore are those of the queue's buffers, all of them"
-    model = DistributedC2L(create_encoder('resnet18', 1), C2LConfig(queue_size=8))
+    model = DistributedC2L(create_encoder('resnet18', 1), C2LConfig(queue_size=8, false_negatives='image'))    # with ids, the most there can be
     assert set(model._ddp_params_and_buffers_to_ignore) == {n for n, _ in model.named_buffers() if n.startswith('queue')}
     assert C2L(create_encoder('resnet18', 1), C2LConfig(queue_size=8)).distributed is False and model.distributed
 

@@ -59,7 +59,8 @@ _T3 = _printed(['Average', *CHESTXRAY14], FOUR, """
 
 # %% ../nbs/32a_ablations.ipynb #62f54112
 QUEUES = 'Crop, Q 2^11', 'Crop, Q 2^13', 'Crop, Q 2^17', 'Crop, Q 2^15'
-_T2 = _printed(['Average'], [*QUEUES, 'Crop, rotation', '+ jigsaw', '+ dropout', '+ cutout', '+ cutout, mixup'], '74.1 74.5 74.4 74.9 75.2 75.0 74.9 75.4 76.3')
+_T2 = _printed(['Average'], [*QUEUES, 'Crop, rotation', '+ jigsaw', '+ dropout', '+ cutout', '+ cutout, mixup'],
+               '74.1 74.5 74.4 74.9 75.2 75.0 74.9 75.4 76.3')
 _T4 = _printed(['Average', *CHEXPERT], FOUR, """
 86.7 87.0 87.1 88.2 87.5 87.9 87.4 89.3
 79.8 80.3 80.3 81.1 80.6 81.5 81.5 83.3
@@ -82,7 +83,8 @@ def slips(
     least:float=.051, # a difference that rounding of the average does not explain
 ) -> pd.DataFrame: # table, column, printed, recomputed; one row a slip
     "Averages of the paper that are not the mean of the classes below them."
-    rows = [(n, c, t.loc['Average', c], t[c].drop('Average').mean()) for n, t in PAPER.items() if len(t) > 1 and 'Average' in t.index for c in t]
+    tables = {n: t for n, t in PAPER.items() if len(t) > 1 and 'Average' in t.index}
+    rows = [(n, c, t.loc['Average', c], t[c].drop('Average').mean()) for n, t in tables.items() for c in t]
     table = pd.DataFrame(rows, columns=['table', 'column', 'printed', 'recomputed']).round(3)
     return table[(table.recomputed - table.printed).abs() > least].reset_index(drop=True)
 
@@ -93,7 +95,8 @@ ABLATIONS = {
     '1': {'No mixup': _A, 'Mix.': _A | dict(mix_views=True, share_mix=False), 'Bat. Mix.': _A | dict(mix_views=True),
           'Bat. Mix. + loss_M': dict(loss_weights=(1., 1., 0.), enqueue=('A', 'M')), 'Bat. + Feat. Mix. + loss_M': {}},
     '2': {n: _CROP | dict(queue=q) for n, q in zip(QUEUES, (1/16, 1/4, 4, 1))} | {
-          'Crop, rotation': _A | dict(cutout=(0, 32)), '+ jigsaw': _A | dict(cutout=(0, 32), jigsaw=4), '+ dropout': _A | dict(cutout=(0, 32), dropout=.2),
+          'Crop, rotation': _A | dict(cutout=(0, 32)), '+ jigsaw': _A | dict(cutout=(0, 32), jigsaw=4),
+          '+ dropout': _A | dict(cutout=(0, 32), dropout=.2),
           '+ cutout': _A, '+ cutout, mixup': {}},
     'theta': {f'θ {m}': dict(momentum=m) for m in (0., .9, .99, .999, .9999)},
     'beyond': {'C2L': {}, **{f'False negatives masked ({m})': dict(false_negatives=m) for m in ('image', 'patient')},
@@ -105,7 +108,8 @@ def ablation(
     base:C2LConfig=C2LConfig(), # full C2L at the scale of the run: `paper()`, or `small(n_images, n_steps)`
 ) -> C2LConfig: # its loss, its queue and its augmentation
     "The config of one column of an ablation; ValueError names those there are"
-    if row not in ABLATIONS.get(table, {}): raise ValueError(f"table {table!r}, row {row!r}: the ablations are { {t: list(r) for t, r in ABLATIONS.items()} }")
+    if row not in ABLATIONS.get(table, {}): raise ValueError(
+        f"table {table!r}, row {row!r}: the ablations are { {t: list(r) for t, r in ABLATIONS.items()} }")
     changes = dict(ABLATIONS[table][row])
     return base.replace(queue_size=max(1, round(base.queue_size*changes.pop('queue', 1))), **changes)
 

@@ -109,7 +109,8 @@ def _coco(images, annotations):
     except ImportError as e: raise ImportError("COCO's average precision needs pycocotools: pip install 'c2l_nb[detect]'") from e
     coco = COCO()
     coco.dataset = dict(images=[dict(id=i) for i in images], categories=[dict(id=1)], annotations=[
-        dict(id=k+1, image_id=i, category_id=1, bbox=box, area=box[2]*box[3], iscrowd=0, **more) for k,(i, box, more) in enumerate(annotations)])
+        dict(id=k+1, image_id=i, category_id=1, bbox=box, area=box[2]*box[3], iscrowd=0, **more)
+        for k,(i, box, more) in enumerate(annotations)])
     coco.createIndex()
     return coco
 
@@ -119,13 +120,15 @@ def coco_ap(truths, # of N images: lists of boxes
     "COCO's average precision by pycocotools; ImportError without it"
     with contextlib.redirect_stdout(io.StringIO()):
         gt = _coco(range(len(truths)), [(i, list(map(float, b)), {}) for i, t in enumerate(truths) for b in t])
-        dt = _coco(range(len(truths)), [(i, list(map(float, p[1:])), dict(score=float(p[0]))) for i, t in enumerate(preds) for p in t])
+        found = [(i, list(map(float, p[1:])), dict(score=float(p[0]))) for i, t in enumerate(preds) for p in t]
+        dt = _coco(range(len(truths)), found)
         from pycocotools.cocoeval import COCOeval
         run = COCOeval(gt, dt, 'bbox')
         run.evaluate(); run.accumulate()
     p = run.eval['precision'][:,:,0,0,-1]                          # IoU × recall
     if p.max(initial=-1) < 0: return dict(AP=np.nan, AP50=np.nan, AP75=np.nan), None      # no truth box at all
-    return dict(AP=float(p.mean()), AP50=float(p[0].mean()), AP75=float(p[5].mean())), pd.DataFrame({.5:p[0], .75:p[5]}, index=run.params.recThrs)
+    ap = dict(AP=float(p.mean()), AP50=float(p[0].mean()), AP75=float(p[5].mean()))
+    return ap, pd.DataFrame({.5:p[0], .75:p[5]}, index=run.params.recThrs)
 
 # %% ../nbs/30a_boxes.ipynb #b8163acf
 def write_predictions(path, # of the CSV
@@ -163,8 +166,9 @@ def _wrong(boxes, w, h):
         box = f'the box x={x:g} y={y:g} width={bw:g} height={bh:g}'
         if not np.isfinite([x, y, bw, bh]).all(): return f'{box} is not finite; correct its row or take it out'
         if bw <= 0 or bh <= 0: return f'{box} has no area; correct its row or take it out'
-        if x < -1 or y < -1 or x+bw > w+1 or y+bh > h+1: return (f'{box} leaves the image of {w}×{h} px; if boxes are in the pixels of a larger '
-                                                                   "original, give its side, as read_boxes(…, side=1024)")
+        if x < -1 or y < -1 or x+bw > w+1 or y+bh > h+1:
+            return (f'{box} leaves the image of {w}×{h} px; if boxes are in the pixels of a larger original, '
+                    'give its side, as read_boxes(…, side=1024)')
     return ''
 
 # %% ../nbs/30a_boxes.ipynb #c7c85fb7
@@ -172,7 +176,8 @@ def check_boxes(df:pd.DataFrame, # path, patient, split, boxes; and width, heigh
                 where:str='boxes', # what an error calls the table
                )->pd.DataFrame: # `df` with width and height
     "Refuse what cannot be trained on: DataError names the file, what is wrong with it and what to do"
-    if df.path.duplicated().any(): raise DataError(f"{where}: {_some(df.path[df.path.duplicated()].tolist())} is listed twice; keep one row an image")
+    twice = df.path[df.path.duplicated()].tolist()
+    if twice: raise DataError(f"{where}: {_some(twice)} is listed twice; keep one row an image")
     both = shared_patients(df)
     if both: raise DataError(f"{where}: {len(both)} patients are in more than one split: {_some(both)}; split by patient (split_patients)")
     sizes = list(map(image_size, df.path)) if 'width' not in df else list(zip(df.width, df.height))
@@ -186,7 +191,8 @@ def _boxes_of(rows, path, name):
     "Boxes of one image; DataError if it is listed both with and without"
     xywh, target = rows[['x','y','width','height']].to_numpy(float), rows.Target.to_numpy()
     if len(set(target)) > 1: raise DataError(f"{path}: {name} is listed both with and without boxes (Target 0 and 1); keep what is true")
-    if not target.any() and np.isfinite(xywh).any(): raise DataError(f"{path}: {name} has Target 0 and a box; set Target to 1 or empty the box")
+    if not target.any() and np.isfinite(xywh).any():
+        raise DataError(f"{path}: {name} has Target 0 and a box; set Target to 1 or empty the box")
     return [tuple(b) for b in xywh.tolist()] if target.any() else []
 
 def read_boxes(path, # CSV: patientId, x, y, width, height, Target, and `file` if the ids are not the files' names

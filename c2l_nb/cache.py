@@ -209,7 +209,8 @@ def _tables(self:RadiographCache, flag, columns):
     "`rows`, `bad` and `images`, which belong together"
     try: rows, bad = _read_table(self.out/'rows.csv', columns), pd.read_csv(self.out/'bad.csv').set_index('row')
     except (OSError, ValueError, KeyError) as e: raise DataError(f"{self.out}: is damaged ({e}); build it again, images are kept") from e
-    if len(rows) != len(flag): raise DataError(f"{self.out}: is damaged (rows.csv has {len(rows):,} of {len(flag):,} rows); build it again, images are kept")
+    if len(rows) != len(flag):
+        raise DataError(f"{self.out}: is damaged (rows.csv has {len(rows):,} of {len(flag):,} rows); build it again, images are kept")
     good = np.flatnonzero(flag == GOOD)
     self.images = Squares(self.out/'images.npy', good)         # N×S×S, N good images
     self.rows = rows.iloc[good].reset_index(drop=True)         # N rows

@@ -255,7 +255,8 @@ def _versions():
 # %% ../nbs/31_detect.ipynb #7d978970
 def _finish(out, model, images, at, rows, config, phantoms):
     "Weights, predictions, score and report"
-    write_atomically(out/'detector.safetensors', save({k: v.cpu().contiguous() for k, v in model.state_dict().items()}, {'card': json.dumps(config)}))
+    weights = {k: v.cpu().contiguous() for k, v in model.state_dict().items()}
+    write_atomically(out/'detector.safetensors', save(weights, {'card': json.dumps(config)}))
     preds = [unsquare(p, w, h, config['size']) for p, w, h in zip(predict(model, images, at), rows.width, rows.height)]
     write_predictions(out/'predictions.csv', rows.patientId, preds)
     score = map_table(rows.boxes.tolist(), preds, rows.patient.where(rows.patient.notna(), rows.patientId).tolist())

@@ -51,7 +51,7 @@ def _fit(images, t, train, valid, body, prepare, s, seed):
 def run_cell(
     images, t:Targets, # of all rows
     train, valid, score, # positions: to train on, to choose by, to score
-    init:str, seed:int, # see `load_body`
+    init, seed:int, # see `load_body`; or a body and its `Prepare`
     s:dict, # settings of `finetune`
     feats=None, # frozen features, if they are known
 )->tuple: # scores len(score)×C; curve, a row an epoch
@@ -62,7 +62,8 @@ def run_cell(
             seen = torch.from_numpy(p[np.searchsorted(score, valid)])
             curve = [dict(auroc=_mean_auroc(torch.from_numpy(t.truth[valid]), seen))]
         else:
-            learn = _fit(images, t, train, valid, *load_body(init, s['arch'], seed), s, seed)
+            body = load_body(init, s['arch'], seed) if isinstance(init, str) else init
+            learn = _fit(images, t, train, valid, *body, s, seed)
             p = learn.loss_func.activation(features_of(learn.model, images, score, s['size'])).numpy()
             curve, best = learn.keep_best.curve, learn.keep_best.at
     curve = pd.DataFrame(curve).rename_axis('epoch').reset_index()

@@ -22,14 +22,14 @@ from .detect import detect, load_detection
 from .baselines import pretrain_genesis
 from .columns import ARCHS, REFERENCE, TABLES, Start, columns, commands, gpu_hours
 from .scoring import (Pool, along, ask, body_of, expand, patient_of, read_pool, render, render_boxes, score,
-                            tasks, text, text_boxes)
+                            tasks, text, text_boxes, tune)
 
 # %% ../nbs/33_tables.ipynb #0d0d8ade
 SCALES = dict(
     smoke=dict(data='phantoms', size=24, epochs=2, batch=32, n_phantoms=320, seeds=1, untrained=2, precision='fp32',
-               detect=dict(size=64, width=32, epochs=1, batch=8, n_phantoms=40)),
-    small=dict(data='$C2L_RADIOGRAPHS/index.csv', size=48, epochs=40, batch=None, n_phantoms=0, seeds=1, untrained=5,
-               precision='bf16', detect=dict(size=256, width=128, epochs=20, batch=4)))
+               tune=1, detect=dict(size=64, width=32, epochs=1, batch=8, n_phantoms=40)),
+    small=dict(data='$C2L_RADIOGRAPHS/index.csv', size=48, epochs=25, batch=None, n_phantoms=0, seeds=1, untrained=5,
+               precision='bf16', tune=8, detect=dict(size=256, width=128, epochs=20, batch=4)))
 
 def settings(
     table:str, # one of `TABLES`
@@ -191,18 +191,28 @@ def _write(out, stem, t, md, left):
     return t
 
 # %% ../nbs/33_tables.ipynb #ea855a23
-def _probe_tables(table, scale, out, pool, grid, split):
-    "Score, write and return the tables of frozen bodies, one a task"
-    def ours(st): return score(st, folder_of(st, out/'pretrained', pool), out/'scores', pool, split)
-    (held, left), done = _held(grid, ours), {}
+def _scores(start, out, pool, split, s):
+    "task -> kind of score -> N×C"
+    run = folder_of(start, out/'pretrained', pool)
+    held = score(start, run, out/'scores', pool, split)
+    if not s['tune']: return held
+    tuned = tune(start, run, out/'scores', pool, s['tune'], split, s['precision'])
+    return {task: held[task] | dict(tuned=p) for task, p in tuned.items()}
+
+def _class_tables(table, scale, out, pool, grid, split, s):
+    "Score, write and return the tables of classes, one a task"
+    titles = dict(probe='Linear probe', knn='20 neighbours')
+    if s['tune']: titles = dict(tuned=f"Fine-tuned, {s['tune']} epoch{'s'[:s['tune'] - 1]}") | titles
+    (held, left), done = _held(grid, lambda st: _scores(st, out, pool, split, s)), {}
     for task, (labels, _, at) in tasks(pool.rows, split).items():
         rows, how = pool.rows.iloc[at], {}
         truth = pd.DataFrame(label_matrix(rows, labels), columns=labels)
-        for kind in ('probe', 'knn'):
+        for kind in titles:
             own = {n: [r[task][kind] for r in runs] for n, runs in held.items()}
             how[kind] = render(table, own, truth, patient_of(rows))
-        md = (f"{_heading(pool)}Table {table}, {task}, {split} ({len(rows)} images, mean AUROC over {', '.join(labels)})\n\n"
-              f"Linear probe:\n\n{text(how['probe'])}\n\n20 neighbours:\n\n{text(how['knn'])}\n")
+        md = (f"{_heading(pool)}Table {table}, {task}, {split} ({len(rows)} images, mean AUROC over {', '.join(labels)}; "
+              f"epochs of pretraining: {s['epochs']}, at {s['size']} px)\n")
+        md += ''.join(f"\n{title}:\n\n{text(how[kind])}\n" for kind, title in titles.items())
         t = pd.concat([t.assign(score=k) for k, t in how.items()], ignore_index=True)
         done[task] = _write(out, f'table{table}-{scale}-{task}-{split}', t, md, left)
     return done
@@ -228,7 +238,7 @@ def run_table(
     jobs:int=1, # pretrainings side by side
     only:str='', # make this pretraining alone, by its key
     trail:bool=False, # score the snapshots, too, into along-*.csv
-    **changes, # of `settings`: data, size, epochs, batch, n_phantoms, seeds, untrained, precision, where, detect
+    **changes, # of `settings`: data, size, epochs, batch, n_phantoms, seeds, untrained, precision, tune, where, detect
 ) -> dict: # task -> table of `render`, or boxes -> that of `render_boxes`; also in table1-smoke-all-valid.md, .csv
     "Make a table, or what is missing of it. ValueError for bad arguments"
     s, out = settings(table, scale, **changes), Path(out)
@@ -243,7 +253,7 @@ def run_table(
     if only: return {}
     if trail: _trail(starts, out, pool, split)
     if table == '5': return _box_table(scale, out, pool, grid, split, *boxes)
-    return _probe_tables(table, scale, out, pool, grid, split)
+    return _class_tables(table, scale, out, pool, grid, split, s)
 
 # %% ../nbs/33_tables.ipynb #3ebf8a3a
 def _missing(starts, out, pool, only):
@@ -276,16 +286,17 @@ def main(
     trail:bool=False, # Score snapshots along each run of ten epochs or more, too: was it still rising?
     data:str=None, # An index CSV or a cache in place of the scale's
     size:int=None, # Side of the views, px; default 24 or 32 (smoke), 48 (small)
-    epochs:int=None, # Of each pretraining; default 2 (smoke), 40 (small)
+    epochs:int=None, # Of each pretraining; default 2 (smoke), 25 (small)
     batch:int=None, # Images a step; default 32 (smoke), C2LConfig.small's (small)
     seeds:int=None, # Of each pretraining; default 1. More may be added later
     untrained:int=None, # Untrained bodies; default 2 (smoke), 5 (small)
     precision:str=None, # Of each training: fp32, bf16 or fp16; default fp32 (smoke), bf16 (small)
+    tune:int=None, # Epochs of fine-tuning on each task; 0: frozen bodies alone; default 1 (smoke), 8 (small)
     phantoms:int=None, # Phantoms to draw; default 320
     where:str=None, # Rows of an index CSV to take, as body_part=chest
 ):
     "Make a table of the paper: paper's value, ours with its interval, differences. Goes on where it was stopped"
     own = dict(data=data, size=size, epochs=epochs, batch=batch, seeds=seeds, untrained=untrained, precision=precision)
-    own |= dict(n_phantoms=phantoms, where=where)
+    own |= dict(n_phantoms=phantoms, where=where, tune=tune)
     try: _main(table, scale, out, split, [c for c in take.split('|') if c], jobs, only, trail, own)
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_table: {e}") from e

@@ -2,9 +2,11 @@
 import os, shlex
 import numpy as np, pandas as pd, pytest, torch
 import c2l_nb.baselines as baselines, c2l_nb.scoring as scoring, c2l_nb.tables as module
+from fastai.basics import no_random
 from c2l_nb.ablations import ABLATIONS, PAPER, QUEUES, ablation, slips
 from c2l_nb.metrics import auroc_table, paired_difference
 from c2l_nb.model import C2L, C2LConfig
+from c2l_nb.classifier import features_of, finetune_learner, load_body
 from c2l_nb.encoder import create_encoder
 from c2l_nb.phantom import phantom_batch
 from c2l_nb.pretrain import _number, choose_config
@@ -13,7 +15,7 @@ from c2l_nb.weights import export_backbone
 
 pytestmark = pytest.mark.filterwarnings('ignore:the queue of', 'ignore:Your generator is empty', 'ignore:.*jit.script', 'ignore:no positive or no negative', 'ignore:no image is labelled')
 LOAD = scoring.load_data
-TINY = dict(size=24, n_phantoms=80, epochs=1, batch=16, untrained=1)
+TINY = dict(size=24, n_phantoms=80, epochs=1, batch=16, untrained=1, tune=0)
 
 def few(data, size, *a, **k):
     "In place of phantoms, whose drawing takes longer than all else here: noise, brighter where `Mass` is"
@@ -114,6 +116,28 @@ def test_another_call_computes_nothing(table, monkeypatch, capsys):
         monkeypatch.setattr(at, name, lambda *a, **k: pytest.fail('computed again'))
     again = run_table('1', out=out, take=['No mixup', 'Bat. Mix.'], **TINY)
     assert all(again[k].equals(done[k]) for k in done) and '0 pretrainings to make' in capsys.readouterr().out
+
+def test_fine_tuning_is_that_of_the_classifier_once(table, pool, monkeypatch):
+    "A body's tuned scores are those of `finetune_learner` from its file; killed between two bodies, the first is kept"
+    out, args = table[0], dict(take=['No mixup', 'Bat. Mix.']) | TINY | dict(tune=1)
+    whole, calls = scoring.run_cell, []
+    def failing(*a, **k):
+        calls.append(a)
+        if len(calls) == 2: raise KeyboardInterrupt
+        return whole(*a, **k)
+    monkeypatch.setattr(scoring, 'run_cell', failing)
+    with pytest.raises(KeyboardInterrupt): run_table('1', out=out, **args)
+    t, = run_table('1', out=out, **args).values()
+    assert len(calls) == 3 and t[t.score == 'tuned'].column.tolist() == ['No mixup', 'Bat. Mix.'] and t[t.score == 'tuned'].gap.notna().sum() == 1
+    assert 'Fine-tuned, 1 epoch:' in next(out.glob('table1-smoke-*.md')).read_text()
+    start = plan('1', pool, 1, 16)['No mixup'][0]
+    kept = scoring.tune(start, None, out/'scores', pool, 1)['all']
+    images, targets, train, valid, at, _, seed, s = calls[0]
+    body = load_body(str(module.folder_of(start, out/'pretrained', pool)/'backbone.safetensors'))
+    with no_random(seed, reproducible=False):
+        learn = finetune_learner(images, targets, train, valid, *body, s['size'], 64, 1e-3, seed=seed)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 1e-3)
+    assert np.array_equal(kept, learn.loss_func.activation(features_of(learn.model, images, at, s['size'])).numpy())
 
 def test_interrupted_equals_uninterrupted(table, pool, tmp_path):
     start = plan('1', pool, 1, 16, 1, 1, ['Bat. Mix.'])['Bat. Mix.'][0]

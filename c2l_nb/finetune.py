@@ -294,8 +294,8 @@ def main(
     size:int=None, # Side of the views, px; default: the backbones' cards' if they agree, else 224 (paper), phantoms 48
     epochs:int=None, # Default 50 (paper), for phantoms 12
     batch:int=64, # Images a step
-    lr:float=None, # Adam's learning rate; default 1e-4 (chexnet), for phantoms 1e-3
-    wd:float=1e-5, # L2 (chexnet)
+    lr:float=None, # Adam's learning rate; default 1e-4 (as zoogzog/chexnet, which C2L's code builds on), phantoms 1e-3
+    wd:float=1e-5, # L2, as chexnet
     crop:float=.2, # Smallest share of the area in a training view
     mode:str='full', # full, or probe: a linear probe on the frozen body
     labels:str='', # Classes to learn, joined by |; default: those of 5 images in train and valid; of CheXpert its five

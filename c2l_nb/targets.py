@@ -106,6 +106,7 @@ def _must_occur(
     if not lost: return
     alike = list(dict.fromkeys(m for l in lost for m in difflib.get_close_matches(str(l), there)))
     hint = f"did you mean {_some(alike)}? " if alike else ''
+    if any(',' in str(l) for l in lost): hint = f"names are joined by |, not by commas; {hint}"
     raise DataError(f"labels that occur nowhere in the table: {_some(lost, 8)}; {hint}there are {_some(there, 20)}")
 
 # %% ../nbs/28_targets.ipynb #b34c01f4

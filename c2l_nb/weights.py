@@ -85,7 +85,9 @@ def _card(path, meta):
         raise WeightsError(f"{path} has no readable model card: it was not written by export_backbone") from e
 
 def _read(path):
-    "Tensors by name and metadata of a weights file; WeightsError if it is damaged or none"
+    "Tensors by name and metadata of a weights file; WeightsError if it is damaged or none, FileNotFoundError"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file; give weights, as the backbone.safetensors of a c2l_pretrain run")
     try:
         with safe_open(path, 'pt') as f: tensors, meta = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     except SafetensorError as e:

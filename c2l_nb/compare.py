@@ -26,7 +26,8 @@ def compare(
     classes = list(truth.columns) if isinstance(truth, pd.DataFrame) else list(range(truth.shape[1]))
     y, (counts, patient) = _float64(truth), patient_counts(groups, len(truth), n_boot)
     point = {k: _scores(stat, y, _float64(p)) for k, p in cells.items()}
-    reps = {k: bootstrap(y, _float64(p), counts, patient, stat) for k, p in cells.items()}
+    once = {id(p): bootstrap(y, _float64(p), counts, patient, stat) for p in {id(p): p for p in cells.values()}.values()}
+    reps = {k: once[id(p)] for k, p in cells.items()}                            # a cell may serve for several seeds
     runs, scores, differences = _pairs(cells), [], []
     name, first = stat.__name__, next(iter(cells))[0]
     for (init, fraction), keys in runs.items():

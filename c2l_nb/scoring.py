@@ -48,15 +48,25 @@ def read_pool(data, size, n_phantoms=0, where='', cache='')->Pool: # as `load_da
     return Pool(*load_data(args['data'], round(1.25*size), n_phantoms, where, cache, progress=False), args, size)
 
 # %% ../nbs/32c_scoring.ipynb #179c9941
+def _collections(rows):
+    "Collection of each row: a folder below the index, together with those whose labels it shares"
+    known = rows.get('path', pd.Series(['']*len(rows), index=rows.index)).fillna('')
+    root = os.path.commonpath([os.path.dirname(p) for p in known]) if known.all() else ''
+    part = known.map(lambda p: os.path.relpath(p, root).split(os.sep)[0] if p and os.path.dirname(p) != root else '')
+    text, groups = rows.labels.fillna(''), []
+    said = {p: {l for t in text[part == p].unique() for l in t.split('|')} - {'', 'No Finding'} for p in sorted(part.unique())}
+    for p, own in said.items():
+        same = [g for g in groups if any(own & said[q] for q in g)]
+        groups = [g for g in groups if g not in same] + [sum(same, []) + [p]]
+    return part.map({p: 'all' if len(groups) == 1 else g[0] or 'all' for g in groups for p in g})
+
 def tasks(
     rows:pd.DataFrame, # of the pool
     split:str, # that is scored: valid or test
 ) -> dict: # name -> (labels, positions to train on, positions to score)
-    "What can be asked of a pool: one task a folder below the index"
-    known = rows.get('path', pd.Series(['']*len(rows), index=rows.index)).fillna('')
-    root = os.path.commonpath([os.path.dirname(p) for p in known]) if known.all() else ''
-    part = known.map(lambda p: os.path.relpath(p, root).split(os.sep)[0] if p and os.path.dirname(p) != root else 'all')
-    found = {}
+    "What can be asked of a pool: one task a collection, see `_collections`; ValueError if there is nothing"
+    rows = rows if 'labels' in rows else rows.assign(labels='')
+    part, found = _collections(rows), {}
     for name in sorted(part.unique()):
         own = rows.assign(labels=rows.labels.where(part == name, ''))
         labels = probe_labels(own[part == name])
@@ -176,6 +186,12 @@ def _paired(runs): # column -> list, one a seed
     n = math.lcm(*map(len, runs.values()))
     return {(name, 1., 0, s): r[s % len(r)] for name, r in runs.items() for s in range(n)}
 
+def _against(ref, own, scores, truth, groups):
+    "Means of the columns `own`, and their differences to the column `ref`, if that is there"
+    known = {ref: scores[ref]} if ref in scores else {}
+    ours, gap = compare(truth, _paired(known | own), groups)
+    return ours[ours['class'] == 'mean'], gap[gap['class'] == 'mean'] if known and len(gap) else pd.DataFrame(columns=['init'])
+
 def render(
     table:str, # which
     scores:dict, # column -> list of N×C, one a seed
@@ -184,15 +200,16 @@ def render(
 ) -> pd.DataFrame: # a row a column: paper, ours, low, high, minus_paper, seeds; reference, gap, gap_low, gap_high
     "A table of the paper beside ours, in percent"
     paper, rows = PAPER.get(table, pd.DataFrame()), []
+    refs = {name: reference(table, name) for name in scores}
+    parts = {ref: _against(ref, {n: scores[n] for n, r in refs.items() if r == ref}, scores, truth, groups)
+             for ref in dict.fromkeys(refs.values())}
     for name, runs in scores.items():
-        ref = reference(table, name)
-        ours, gap = [t[t['class'] == 'mean'] if len(t) else t for t in
-                     compare(truth, _paired({k: scores[k] for k in (ref, name) if k in scores}), groups)]
+        ref, (ours, gap) = refs[name], parts[refs[name]]
         mean = ours[ours.init == name].iloc[0]
         printed = paper[name].get('Average', np.nan) if name in paper else np.nan
         row = dict(column=name, paper=printed, ours=100*mean.auroc, low=100*mean.low, high=100*mean.high)
         row |= dict(minus_paper=row['ours'] - printed, seeds=len(runs))
-        for d in gap.itertuples():
+        for d in gap[gap.init == name].itertuples():
             row |= dict(reference=ref, gap=100*d.difference, gap_low=100*d.low, gap_high=100*d.high)
         rows.append(row)
     return pd.DataFrame(rows).round(1)

@@ -10,6 +10,7 @@ from c2l_nb.classifier import features_of, finetune_learner, load_body
 from c2l_nb.encoder import create_encoder
 from c2l_nb.phantom import phantom_batch
 from c2l_nb.pretrain import _number, choose_config
+from c2l_nb.scoring import tasks
 from c2l_nb.tables import SCALES, TABLES, Start, columns, commands, gpu_hours, make, plan, read_pool, render, run_table, settings, text
 from c2l_nb.weights import export_backbone
 
@@ -75,6 +76,16 @@ def test_equal_pretrainings_have_one_name():
     assert half['ResNet-18 C2L'].key('m') != key('3', 'ResNet-18 C2L') and half['ResNet-18 MG'].key('m') != key('3', 'ResNet-18 MG')
     assert half['ResNet-18 untrained'].key('m') == key('3', 'ResNet-18 untrained')
     for t in PAPER: assert set(PAPER[t]) <= set(columns(t))
+
+@pytest.mark.parametrize('folder,said,found', [
+    (lambda i: 'in', lambda i: i % 2, ['all']), (lambda i: f'in/part_{i % 3}', lambda i: i % 2, ['all']), (lambda i: f'in/{"ab"[i >= 40]}', lambda i: i % 2, ['all']),
+    (lambda i: f'in/{"ab"[i >= 40]}', lambda i: 2*(i >= 40) + i % 2, ['a', 'b'])])
+def test_folders_that_share_labels_are_one_task(folder, said, found):
+    rows = pd.DataFrame(dict(path=[f'/x/{folder(i)}/{i}.png' for i in range(80)], labels=[f'label {said(i)}' for i in range(80)],
+                             split=['train' if i % 40 < 20 else 'test' for i in range(80)]))
+    asked = tasks(rows.assign(split=rows.split.replace('test', 'valid')), 'valid')
+    assert list(asked) == found and sum(len(a) + len(b) for _, a, b in asked.values()) == 80
+    assert all(not set(a) & set(b) for _, a, b in asked.values())
 
 def test_rendered_numbers_are_those_of_the_metrics():
     g = np.random.default_rng(0)

@@ -21,6 +21,7 @@ class Start:
     config:C2LConfig|None = None # of c2l
     epochs:int = 0               # of genesis
     batch:int = 0                # of genesis
+    size:int = 0                 # of genesis, px of the views; c2l's is in its config
     precision:str = 'fp32'       # of c2l and genesis: fp32, bf16 or fp16
 
     @property
@@ -29,6 +30,7 @@ class Start:
     def key(self, mark): # of the data; 12 hexadecimal digits
         "A name that two columns share if and only if they need the same pretraining"
         own = asdict(self) | dict(config=self.config and self.config.shared())
+        if not self.size: del own['size']
         told = json.dumps([own, mark if self.trained else ''], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
@@ -45,7 +47,7 @@ def reference(table, name):
 def _rivals(arch, base, seed, precision):
     "Columns of Tables 3 to 5"
     def c2l(config): return Start('c2l', arch, seed, config, precision=precision)
-    genesis = {'MG': Start('genesis', arch, seed, None, base.epochs, base.batch_size, precision)}
+    genesis = {'MG': Start('genesis', arch, seed, None, base.epochs, base.batch_size, base.size or 0, precision)}
     contrastive = {'MoCo': c2l(ablation('1', 'No mixup', base)), 'C2L': c2l(base)}
     return (genesis if not arch.startswith('tf') else {}) | {'ImageNet': Start('imagenet', arch)} | contrastive | {
         'untrained': Start('untrained', arch, seed)}

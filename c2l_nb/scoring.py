@@ -7,7 +7,7 @@ __all__ = ['Pool', 'expand', 'read_pool', 'tasks', 'patient_of', 'ask', 'body_of
            'text', 'render_boxes', 'text_boxes']
 
 # %% ../nbs/32c_scoring.ipynb #0a0ed71a
-import hashlib, math, os
+import hashlib, io, math, os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
@@ -16,6 +16,7 @@ from .cache import to_square
 from .encoder import Prepare, create_encoder
 from .metrics import auroc
 from .embed import extract_features, knn_predict, linear_probe
+from .store import write_atomically
 from .weights import load_backbone, read_card
 from .pretrain import load_data, probe_labels, probe_rows
 from .targets import make_targets
@@ -120,10 +121,8 @@ def _file(start, out, pool, name):
     return Path(out)/f'{start.key(pool.mark)}-{mark}-{pool.size}-{name}.npz'
 
 def _keep(path, held):
-    "Written whole or not at all"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_suffix('.tmp.npz')
-    np.savez(tmp, **held); os.replace(tmp, path)
+    np.savez(data := io.BytesIO(), **held)
+    write_atomically(path, data.getvalue())
 
 def score(
     start:Start, # which

@@ -178,9 +178,8 @@ def _held(grid, of): # of: Start -> what a table needs of it
 
 def _heading(pool):
     "What must be known before the figures"
-    if pool.args['data'] != 'phantoms': return ''
-    return ("PHANTOMS, to see that everything runs: the figures say nothing about radiographs or the method. "
-            "Intervals resample test patients, not training seeds.\n\n")
+    said = "PHANTOMS, to see that everything runs: the figures say nothing about radiographs or the method. "
+    return (said if pool.args['data'] == 'phantoms' else '') + "Intervals resample test patients, not training seeds.\n\n"
 
 def _write(out, stem, t, md, left):
     "A table as Markdown and CSV"

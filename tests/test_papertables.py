@@ -76,6 +76,8 @@ def test_equal_pretrainings_have_one_name():
     assert half['ResNet-18 C2L'].key('m') != key('3', 'ResNet-18 C2L') and half['ResNet-18 MG'].key('m') != key('3', 'ResNet-18 MG')
     assert half['ResNet-18 untrained'].key('m') == key('3', 'ResNet-18 untrained')
     for t in PAPER: assert set(PAPER[t]) <= set(columns(t))
+    sized = lambda size, c: columns('3', C2LConfig(size=size))[c].key('m')
+    assert all(sized(48, f'ResNet-18 {c}') != sized(64, f'ResNet-18 {c}') for c in ('MG', 'C2L')) and sized(48, 'ResNet-18 untrained') == sized(64, 'ResNet-18 untrained')
 
 @pytest.mark.parametrize('folder,said,found', [
     (lambda i: 'in', lambda i: i % 2, ['all']), (lambda i: f'in/part_{i % 3}', lambda i: i % 2, ['all']), (lambda i: f'in/{"ab"[i >= 40]}', lambda i: i % 2, ['all']),

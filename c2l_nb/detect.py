@@ -37,7 +37,7 @@ from .callback import CosineDecay
 from .embed import eval_mode
 from .checkpoint import C2LCheckpoint, resume as resume_run
 from .store import write_atomically
-from .weights import load_backbone, read_card
+from .weights import WeightsError, load_backbone, read_card
 from .report import facts, picture, table, write_report
 from .pretrain import Precision
 from .boxes import check_boxes, draw_boxes, map_table, read_boxes, score_images, square_boxes, unsquare, write_predictions
@@ -108,14 +108,16 @@ class Detector(RetinaNet):
         self.transform = Ready(prepare or Prepare(channels=channels))
 
 # %% ../nbs/31_detect.ipynb #a2dcbcb2
-def load_init(init:str, # 'untrained', 'imagenet' (torchvision downloads), or a file of `export_backbone`
+def load_init(init:str, # 'untrained', 'imagenet' (torchvision downloads), or a file that `load_backbone` reads
               arch:str='resnet18', # of the first two; a file knows its own
              )->tuple: # body, and the `Prepare` that it was trained with
     "The body a detector starts from. ValueError, WeightsError or OSError if there is none"
     if init in ('untrained', 'imagenet'): return create_encoder(arch, 1, None if init == 'untrained' else init), Prepare(channels=1)
     if not Path(init).is_file():
         raise ValueError(f"init must be 'untrained', 'imagenet' or a backbone file, and {init} is no file: check the path")
-    card, body = read_card(init), load_backbone(init)
+    body = load_backbone(init)
+    try: card = read_card(init)
+    except WeightsError: card = {}                                     # of another project: ImageNet's statistics
     return body, Prepare(card.get('mean', IMAGENET_MEAN), card.get('std', IMAGENET_STD), in_channels(body))
 
 # %% ../nbs/31_detect.ipynb #058615bc

@@ -70,7 +70,7 @@ def grad_cam(model:nn.Module, # images to scores N×C
     held = []
     handle = layer.register_forward_hook(lambda module, args, out: held.append(out))
     with eval_mode(model), torch.enable_grad():
-        try: score = model(x.requires_grad_(x.is_floating_point()))[:,c].sum()
+        try: score = model(x.detach().requires_grad_(x.is_floating_point()))[:,c].sum()
         finally: handle.remove()
     if not held or held[0].ndim!=4: raise ValueError(f"layer must give a map N×K×h×w, {type(layer).__name__} does not")
     alpha = torch.autograd.grad(score, held[0])[0].mean((2, 3), keepdim=True)     # N×K×1×1

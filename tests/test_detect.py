@@ -117,6 +117,14 @@ def test_init_from_a_backbone_file(channels, tmp_path):
     assert prepare.mean == (.5,)*channels and prepare.channels == channels
     assert len(predict(d, np.zeros((3, 64, 64), np.uint8))) == 3
 
+def test_init_from_a_file_without_a_card(tmp_path):
+    body = create_encoder('resnet18', 1)
+    torch.save(body.state_dict(), tmp_path/'theirs.pth')
+    got, prepare = load_init(str(tmp_path/'theirs.pth'))
+    assert torch.equal(got.layer1[0].conv1.weight, body.layer1[0].conv1.weight) and prepare.mean == Prepare().mean
+    x = torch.rand(2, 1, 32, 32)
+    assert torch.allclose(got.eval()(x.expand(-1, 3, -1, -1)), body.eval()(x), atol=1e-5)          # spread over three channels
+
 # A run
 
 def test_run_folder(run):

@@ -364,7 +364,8 @@ def test_grad_cam_is_the_class_activation_map_and_leaves_no_trace(x):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).train()
     state = {k: v.clone() for k, v in net.state_dict().items()}
-    with torch.no_grad(): cam = explain.grad_cam(net, x.clone(), 2, net[2])
+    with torch.no_grad(): cam = explain.grad_cam(net, x, 2, net[2])
+    assert not x.requires_grad
     assert net.training and all(torch.equal(v, state[k]) for k, v in net.state_dict().items()) and all(p.grad is None for p in net.parameters())
     net.eval()
     with torch.no_grad(): want = (net[5].weight[2][:, None, None]*net[:3](x)).sum(1).relu()/144

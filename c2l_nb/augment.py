@@ -164,10 +164,10 @@ def _onto(tensors, device, dtype):
 class C2LAugment:
     "A batch in, a batch out, each image with its own draw"
     def __init__(self,
-        size:int=224, # height and width of the output, px; default: the paper, section 5
+        size:int=224, # height and width of the output, px; default: the paper, section 4
         crop:tuple=(.2,1.), # share of the area; default: the released code, train_C2L_res18.py:67
         ratio:tuple=(3/4,4/3), # width/height of the crop; default: torchvision's
-        rotation:float=10., # largest angle, degrees; default: the paper, section 5
+        rotation:float=10., # largest angle, degrees; default: the paper, section 4
         flip:float=.5, # probability of a mirror image; default: torchvision's
         cutout:tuple=(3,32), # holes, and their side in px at 224 px; default: released code, train_C2L_res18.py:213
         jitter:float=0., # brightness and contrast in 1±jitter; default: the paper (none); released code .4

@@ -143,7 +143,7 @@ class GenesisConfig:
     std:tuple = IMAGENET_STD   # of the pixels, as C2LConfig
     batch_size:int = 64        # theirs 6 volumes
     epochs:int = 240           # as C2L, for equal epochs
-    lr:float = .3              # of SGD; theirs 1, halved every 32 epochs
+    lr:float = .3              # of SGD; theirs 1, halved every 40 epochs
     wd:float = 0.              # theirs
     warmup:float = .02         # share of the run in which lr rises
     seed:int = 0               # of every draw that is ours

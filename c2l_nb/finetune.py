@@ -53,7 +53,7 @@ def run_cell(
     train, valid, score, # positions: to train on, to choose by, to score
     init, seed:int, # see `load_body`; or a body and its `Prepare`
     s:dict, # settings of `finetune`
-    feats=None, # frozen features, if they are known
+    feats=None, # frozen features of all images: needed where s['mode'] is 'probe', else not used
 )->tuple: # scores len(score)×C; curve, a row an epoch
     "Train and score one cell"
     with no_random(seed, reproducible=False):

@@ -38,7 +38,7 @@ class HealthCallback(Callback):
     order, run_valid, checkpointed = 14, False, ('rows', 'now')
     columns = 'top1 chance pos_cos neg_cos std rank'.split()
     def __init__(self,
-        samples:int=8, # training batches looked at in an epoch
+        samples:int=8, # training batches looked at in an epoch, about: so many, or up to twice as many
     ): self.samples, self.rows, self.now = samples, [], {}
 
     def before_fit(self):

@@ -62,7 +62,7 @@ class HealthCallback(Callback):
         "Sum up the epoch"
         if not self.looks: return
         q = torch.cat(self.queries)
-        self.now = dict(zip(self.columns, [*np.mean(np.array(self.looks, dtype=float), 0), feature_std(q), effective_rank(q)]))
+        self.now = dict(zip(self.columns, [*np.mean([[float(v) for v in look] for look in self.looks], 0), feature_std(q), effective_rank(q)]))
         self.rows.append(dict(epoch=self.epoch, **self.now))
 
     def after_fit(self): self.learn.metrics = [m for m in self.learn.metrics if m.name not in self.columns]

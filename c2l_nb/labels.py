@@ -109,7 +109,7 @@ def _read_csv(path, need=(), **kwargs):
 def _listing(at):
     "Names of the files in a folder, links followed; none if there is no such folder"
     try:
-        with os.scandir(at or os.sep) as entries: return {e.name for e in entries if e.is_file()}
+        with os.scandir(at or os.curdir) as entries: return {e.name for e in entries if e.is_file()}
     except OSError: return set()
 
 def missing_files(
@@ -117,10 +117,10 @@ def missing_files(
 )->list: # of paths, in the order of the table; empty if all is well
     "Paths that lead to no file"
     paths,folders,lost = df.path.tolist(), {}, []
-    for i,p in enumerate(paths): folders.setdefault(p[:max(p.rfind(os.sep), 0)], []).append(i)
+    for i,p in enumerate(paths): folders.setdefault(os.path.dirname(p), []).append(i)
     for at,rows in folders.items():
         if len(rows) < 4: lost += [i for i in rows if not os.path.isfile(paths[i])]
-        else: have = _listing(at); lost += [i for i in rows if paths[i][len(at)+1:] not in have]
+        else: have = _listing(at); lost += [i for i in rows if os.path.basename(paths[i]) not in have]
     return [paths[i] for i in sorted(lost)]
 
 def _drop_missing(df, where, hint='Names are relative to the folder of the CSV, or absolute'):

@@ -68,10 +68,15 @@ class C2LConfig:
     def __post_init__(self):
         allowed = dict(head=('linear', 'mlp'), loss_reduction=('sum', 'mean'), queue_update=('after', 'sequential'),
                        lam_per=('batch', 'sample'), feat_mix=('raw', 'unit'), bn=('shuffle', 'sync', 'local'),
-                       schedule=('step', 'cosine'), false_negatives=('keep', 'image', 'patient'), decoupled=(False, True))
+                       schedule=('step', 'cosine'), false_negatives=('keep', 'image', 'patient'), corners=('true', 'black'),
+                       queue_init=('normal', 'uniform'), teacher_bn=('train', 'eval'))
+        allowed |= dict.fromkeys(('decoupled', 'lam_max', 'share_mix', 'mix_views', 'ema_buffers'), (False, True))
         for name, values in allowed.items():
             if getattr(self, name) not in values: raise ValueError(f"{name} must be one of {values}, got {getattr(self, name)!r}")
         if not set(self.enqueue) <= {'A', 'M', 'mix'}: raise ValueError(f"enqueue takes 'A', 'M' and 'mix', got {self.enqueue}")
+        if not self.stored: raise ValueError(f"nothing would enter the queue: enqueue={self.enqueue}, loss_weights={self.loss_weights}")
+        if len(self.loss_weights) != 3: raise ValueError(f"loss_weights must be three numbers, got {self.loss_weights}")
+        if not self.alpha > 0: raise ValueError(f"alpha must be above 0, got {self.alpha}; without mixing: loss_weights=(1,0,0)")
         if not self.temperature > 0: raise ValueError(f"temperature must be above 0, got {self.temperature}")
         if self.mix_views and self.mixes: raise ValueError("mix_views is for loss_A alone: loss_weights=(1,0,0)")
 
@@ -88,6 +93,8 @@ class C2LConfig:
 
     @property
     def mixes(self): return any(self.loss_weights[1:])  # are mixed images needed at all?
+    @property
+    def stored(self): return tuple(name for name in self.enqueue if name == 'A' or self.mixes)    # what there is of `enqueue`
     @property
     def masks(self): return self.false_negatives != 'keep'  # are ids needed?
 
@@ -199,14 +206,14 @@ def loss(self:C2L, q, q_mix, k, k_mix, k_feat,
 def keys(self:C2L, q, q_mix, k, k_mix, k_feat):
     "What goes into the queue, in order"
     named = dict(A=k, M=k_mix, mix=k_feat)
-    return [self.gather(named[name].detach()) for name in self.config.enqueue]
+    return [self.gather(named[name].detach()) for name in self.config.stored]
 
 @patch
 def key_ids(self:C2L,
     ids, # B×5×2, of `partners`, or None
 ):
     "Their ids; None for none"
-    return None if ids is None else [self.gather(ids[:, dict(A=2, M=3, mix=4)[name]]) for name in self.config.enqueue]
+    return None if ids is None else [self.gather(ids[:, dict(A=2, M=3, mix=4)[name]]) for name in self.config.stored]
 
 # %% ../nbs/16_model.ipynb #6ad80041
 @patch

@@ -42,13 +42,16 @@ def load_data(
     progress:bool=True, # show bars?
 ) -> tuple: # images N×S×S uint8 (an array, or `Squares` on disk), their rows, a fingerprint of the data
     "Read what is to be trained on; DataError if it is nothing of these."
-    if data == 'phantoms': return _phantoms(n_phantoms, size, progress)
     path = Path(data).expanduser()
+    if where and (data == 'phantoms' or (path/'cache.json').is_file()):
+        raise DataError(f"{data}: where={where!r} takes rows of an index CSV only: build a cache of those rows with c2l_cache --where")
+    if data == 'phantoms': return _phantoms(n_phantoms, size, progress)
     if (path/'cache.json').is_file():
         cache = RadiographCache(path)
         if cache.size < .8*size:
             raise DataError(f"{data}: holds squares of {cache.size} px, too few for views of {.8*size:.0f}: build it with --size {size}")
-        return cache.images, cache.rows, f'cache {cache.digest}'
+        rows = cache.rows if 'split' in cache.rows else cache.rows.assign(split='train')
+        return cache.images, rows, f'cache {cache.digest}'
     cache = build_cache(read_items(data, where), keep, size, progress=progress)
     return cache.images, cache.rows, fingerprint(cache.rows)
 
@@ -69,7 +72,7 @@ def probe_labels(
     if not names: return []
     y, ok = label_matrix(rows, names), np.ones(len(names), bool)
     for split in ('train', 'valid'):
-        part = y[(rows.split == split).values]
+        part = y[((rows.split == split) & rows.labels.fillna('').ne('')).values]
         ok &= (part.sum(0) >= least) & ((1 - part).sum(0) >= least)
     return [n for n, good in zip(names, ok) if good]
 
@@ -126,7 +129,7 @@ def choose_config(
     if config == 'auto': config = 'small' if n_images < 100_000 else 'paper'
     if config.startswith('small'):
         bs = batch or C2LConfig.small(n_images, 1).batch_size
-        base = C2LConfig.small(n_images, (epochs or C2LConfig().epochs)*(n_images//bs))
+        base = C2LConfig.small(n_images, (epochs or C2LConfig().epochs)*(n_images//bs), batch_size=bs)
         return base.replace(**({} if config == 'small' else dict(loss_weights=(1., 0., 0.), enqueue=('A',))) | changes)
     if config in ('paper', 'official', 'moco'): return getattr(C2LConfig, config)(**changes)
     if not config.endswith('.json'):
@@ -289,7 +292,9 @@ def _probe(learn, about, images, rows, labels, out):
 # %% ../nbs/27_pretrain.ipynb #97ac44c1
 def _map(learn, images, rows, out, most=1000):
     "embedding.png: images that were not trained on, or any if there are no others"
-    rest = np.flatnonzero((rows.split != 'train').values) if (rows.split != 'train').any() else np.arange(len(rows))
+    rest = np.flatnonzero((rows.split != 'train').values)
+    if len(rest) < 4: rest = np.arange(len(rows))                       # a map needs four
+    if len(rest) < 4: return
     pick = np.sort(rest[torch.randperm(len(rest), generator=seeded(0)).numpy()[:most]])
     feats = extract_features(learn.model, torch.from_numpy(_squares(images, pick, learn.model.config.size))[:, None])
     fig, ax = plt.subplots(figsize=(5, 4))
@@ -329,7 +334,7 @@ def main(
     epochs:int=None, # Default 240 (paper), for phantoms 16; the schedule spans them, so a finished run cannot be lengthened
     batch:int=None, # Images a step; default of the config: 256 (paper), 64 or 32 (small)
     lr:float=None, # SGD's learning rate; default of the config: 0.03 (paper), 0.015*batch/64 (small)
-    config:str='auto', # auto, paper, official (released code), moco, small, small_moco, or a config.json; auto: small below 100,000 images, else paper
+    config:str='auto', # auto, paper, official (released code), moco, small, small_moco, or a config.json (but its size and seed: give --size, --seed); auto: small below 100,000 images, else paper
     seed:int=0, # Of all draws
     precision:str='fp32', # fp32, bf16 or fp16
     phantoms:int=1024, # Phantoms to draw

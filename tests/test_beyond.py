@@ -276,3 +276,21 @@ def test_the_table():
     assert list(ABLATIONS['beyond']) == ['C2L', 'False negatives masked (image)', 'False negatives masked (patient)', 'Decoupled'] and 'beyond' not in PAPER
     assert ablation('beyond', 'C2L') == C2LConfig() and ablation('beyond', 'Decoupled') == C2LConfig(decoupled=True)
     assert ablation('beyond', 'False negatives masked (patient)').false_negatives == 'patient'
+
+@pytest.mark.parametrize('mix_views', [False, True])
+def test_masks_without_mixed_keys(mix_views):
+    "Only keys that are there enter the queue, and so do only their ids"
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = C2L(body, C2LConfig(queue_size=16, dim=4, loss_weights=(1., 0., 0.), mix_views=mix_views, false_negatives='image'))
+    x, ids = torch.rand(4, 1, 16, 16), torch.arange(4)
+    views = model.views(x, model.augmentation(16))
+    out, of = model(*views), model.partners(ids, *views[2:])
+    keys, theirs = model.keys(*out), model.key_ids(of)
+    model.queue.enqueue(*keys, ids=theirs)
+    assert len(keys) == len(theirs) == 1 and int(model.queue.ptr) == 4 and torch.isfinite(model.loss(*out, of))
+
+@pytest.mark.parametrize('bad,said', [(dict(enqueue=('M', 'mix'), loss_weights=(1., 0., 0.)), 'nothing would enter'), (dict(enqueue=()), 'nothing would enter'),
+                                      (dict(loss_weights=(1., 1.)), 'three numbers'), (dict(alpha=0.), 'alpha'), (dict(share_mix='off'), 'share_mix'), (dict(corners='blak'), 'corners')])
+def test_senseless_configs_are_refused(bad, said):
+    with pytest.raises(ValueError, match=said): C2LConfig(**bad)

@@ -4,7 +4,8 @@ import pandas as pd, pytest, torch
 from fastcore.script import anno_parser
 from safetensors.torch import load_file
 import c2l_nb.pretrain as module
-from c2l_nb.health import OnlineProbe
+from c2l_nb.health import HealthCallback, OnlineProbe
+from c2l_nb.model import C2LConfig
 from c2l_nb.phantom import write_phantoms
 from c2l_nb.pretrain import choose_config, pretrain
 from c2l_nb.weights import load_backbone, read_card
@@ -103,3 +104,30 @@ def test_command_explains_itself_and_its_errors():
     with pytest.raises(SystemExit, match='c2l_pretrain: nowhere: is neither'): module.main(data='nowhere')
     with pytest.raises(SystemExit, match='option of its own'): module.main(set='size=64')
     with pytest.raises(SystemExit, match='field=value'): module.main(set='crop')
+
+# What was found by reading
+
+@pytest.mark.parametrize('n,batch', [(1024, 256), (5000, 16), (5000, None)])
+def test_small_recipe_knows_the_batch(n, batch):
+    got = choose_config('small', n, batch, 40)
+    want = C2LConfig.small(n, 40*(n//got.batch_size), batch_size=got.batch_size, epochs=40)
+    assert (got.lr, got.queue_size, got.momentum, got.warmup) == (want.lr, want.queue_size, want.momentum, want.warmup) and got.epochs == 40
+
+def test_unlabelled_rows_are_no_negatives():
+    rows = pd.DataFrame(dict(split=['train', 'valid']*12, labels=['Mass', 'Mass', '', '']*6))
+    assert module.probe_labels(rows) == [] and module.probe_labels(rows.replace('', 'No Finding')) == ['Mass']
+
+def test_rows_of_a_cache_cannot_be_chosen(tmp_path):
+    write_phantoms(tmp_path/'films', 8, size=32)
+    module.load_data(str(tmp_path/'films'), 32, keep=tmp_path/'cache', progress=False)
+    for data in ('phantoms', str(tmp_path/'cache')):
+        with pytest.raises(ValueError, match="where='a=b'"): module.load_data(data, 32, where='a=b')
+
+def test_looks_may_lie_on_another_device(monkeypatch):
+    "A tensor on a GPU refuses numpy, but becomes a float"
+    class Far(torch.Tensor):
+        def __array__(self, *a, **k): raise TypeError("can't convert cuda:0 device type tensor to numpy")
+    health = HealthCallback()
+    health.looks, health.queries, health.learn = [[torch.tensor(v).as_subclass(Far), .5, 0., v] for v in (0., 1.)], [torch.eye(4)], type('L', (), dict(epoch=0))()
+    health.after_train()
+    assert health.now['top1'] == .5 and health.now['chance'] == .5

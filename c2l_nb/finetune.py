@@ -9,7 +9,7 @@ __all__ = ['probe_scores', 'run_cell', 'name_inits', 'plan', 'card_size', 'finet
 import hashlib, json, platform, re, shlex, sys, time
 from pathlib import Path
 import fastai, numpy as np, pandas as pd, torch, torchvision
-from fastai.basics import no_random
+from fastai.basics import default_device, no_random
 from fastcore.script import call_parse
 from torch import nn
 from . import __version__
@@ -178,7 +178,7 @@ def _features(images, inits, s):
         if s['mode'] == 'probe' and key not in kept:
             kept.clear()
             body, prepare = load_body(inits[init], s['arch'], seed)
-            kept[key] = features_of(nn.Sequential(prepare, body), images, np.arange(len(images)), s['size'])
+            kept[key] = features_of(nn.Sequential(prepare, body).to(default_device()), images, np.arange(len(images)), s['size'])
         return kept.get(key)
     return of
 

@@ -90,7 +90,7 @@ def average_precision(y, # Labels, N: 1, 0 or NaN (unknown)
 # %% ../nbs/21_metrics.ipynb #c0407f0b
 def _codes(name, groups, n):
     "Number of the group of each of `n` images, 0, 1, … in order of appearance; None makes each image its own"
-    codes = np.arange(n) if groups is None else np.array(pd.factorize(np.asarray(groups))[0])
+    codes = np.arange(n) if groups is None else np.array(pd.factorize(pd.Series(groups, dtype=object) if isinstance(groups, list) else np.asarray(groups))[0])
     if codes.shape!=(n,):
         raise ValueError(f"{name} must name the patient of each of the {n} images; its shape is {codes.shape}")
     if (codes<0).any(): raise ValueError(f"{name} has no patient for {(codes<0).sum()} images")

@@ -36,9 +36,11 @@ def settings(
     scale:str='smoke', # smoke or small
     **changes, # of `SCALES[scale]`; None leaves one alone
 ) -> dict:
-    "What a run is made with; ValueError for an unknown precision"
+    "What a run is made with; ValueError for an unknown precision or too small a number"
     own = dict(size=32) if scale == 'smoke' and table in '345' else {}                # DenseNet needs 32 px
     s = SCALES[scale] | own | {k: v for k, v in changes.items() if v is not None}
+    low = [k for k, least in dict(seeds=1, untrained=0, epochs=1, tune=0).items() if s[k] < least]
+    if low: raise ValueError(f"{low[0]}={s[low[0]]}: is too small")
     if s['precision'] in ('fp32', 'bf16', 'fp16'): return s
     raise ValueError(f"precision must be fp32, bf16 or fp16, got {s['precision']!r}")
 
@@ -62,7 +64,7 @@ def plan(
     if bad: raise ValueError(f"table {table} has no column {bad}; it has {list(found[0])}")
     many = dict(untrained=untrained, imagenet=1)
     return {name: [f[name] for f in found[:many.get(s.method, seeds)]]
-            for name, s in found[0].items() if not only or name in only}
+            for name, s in found[0].items() if (not only or name in only) and (untrained or s.method != 'untrained')}
 
 # %% ../nbs/33_tables.ipynb #114efd87
 def _train(start, out, pool):
@@ -118,6 +120,7 @@ def read_detection(
     if 'n_phantoms' in own: data |= dict(n_phantoms=own.pop('n_phantoms'))
     own |= dict(score_on=split, precision=s['precision'])
     _, rows, mark = load_detection(size=own['size'], progress=False, **data)
+    if not (rows.split == split).any(): raise ValueError(f"split={split!r}: no image of the detectors is in it")
     name = hashlib.sha256(json.dumps([own, mark], sort_keys=True).encode()).hexdigest()[:6]
     return own | data, rows[rows.split == split].reset_index(drop=True), name
 

@@ -76,7 +76,7 @@ class Targets:
 # %% ../nbs/28_targets.ipynb #bb922edc
 def _columns_as_targets(rows, classes, policy):
     "Findings in columns of 1, 0, -1, blank"
-    if policy is None and set(classes) <= set(CHEXPERT14): policy = CHEXPERT_POLICY
+    if policy is None and set(classes) <= set(CHEXPERT14) <= set(rows): policy = CHEXPERT_POLICY     # columns of your own may share a name
     values = rows[classes].apply(pd.to_numeric, errors='coerce').to_numpy(np.float32)
     odd = ~np.isin(values, [0, 1, -1]) & rows[classes].notna().to_numpy()
     if odd.any():

@@ -295,3 +295,6 @@ def test_power_note_refuses_other_codes():
 @pytest.mark.parametrize('w,who', [([[1, 2]], [0, 1, 2]), ([1, 2, 3], [0, 1]), ([[[1, 2, 3]]], [0, 1, 2])])
 def test_weights_that_do_not_fit_the_patients(w, who):
     with pytest.raises(ValueError, match='^weight'): auroc([0, 1, 1], [.1, .2, .3], w, who)
+
+def test_a_list_with_an_unknown_patient_is_refused():
+    with pytest.raises(ValueError, match='no patient for 2 images'): patient_counts(['a', 'b', float('nan'), None], 4)

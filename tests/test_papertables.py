@@ -247,3 +247,8 @@ def test_scores_along_a_run(tmp_path, pool, monkeypatch):
     start = Start('c2l', 'resnet18', 0, C2LConfig.moco(queue_size=64, batch_size=48, epochs=10, size=24))
     t = module.along(make(start, tmp_path, pool), pool)
     assert t.epoch.tolist() == [0, 2, 4, 6, 8, 10] and t.probe.between(0, 1).all() and t.knn.between(0, 1).all()
+
+@pytest.mark.parametrize('bad,said', [(dict(split='tset'), "no image is in it"), (dict(untrained=-1), 'untrained=-1'), (dict(seeds=0), 'seeds=0'), (dict(epochs=0), 'epochs=0')])
+def test_what_cannot_work_is_said_before_anything_is_trained(bad, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'make', lambda *a: pytest.fail('something was trained'))
+    with pytest.raises(ValueError, match=said): run_table('1', out=tmp_path, **TINY | bad)

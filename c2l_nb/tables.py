@@ -280,7 +280,7 @@ def _main(table, scale, out, split, take, jobs, only, trail, own):
 def main(
     table:str, # 1, 2, 3, 4, 5, theta, or beyond: what the paper did not have
     scale:str='smoke', # smoke (phantoms), small (C2L_RADIOGRAPHS' radiographs, or --data), paper (prints commands)
-    out:str='c2l_tables', # Folder for everything; all tables share it
+    out:str='c2l_tables', # Folder for everything; all tables share it. An index whose splits or labels changed wants a new one
     split:str='valid', # Split that is scored: valid, or once, at the end, test
     take:str='', # Columns to make, joined by |; default all
     jobs:int=None, # Pretrainings side by side; default: one a GPU

@@ -17,7 +17,7 @@ from .cache import read_items
 from .embed import _mean_auroc, linear_probe
 from .checkpoint import _differences
 from .weights import WeightsError, read_card, write_atomically
-from .pretrain import Precision, load_data
+from .pretrain import Precision, load_data, with_rows
 from .targets import Targets, check_fraction, check_split, check_targets
 from .targets import draw_fraction, make_targets, patient_codes
 from .classifier import RECIPE, features_of, finetune_learner, load_body
@@ -188,7 +188,8 @@ def _read(data, asked, size, n_phantoms, where, keep):
     table = data != 'phantoms' and not (Path(data).expanduser()/'cache.json').is_file()
     if table: plan(read_items(data, where), *asked, table=str(data))
     images, rows, mark = load_data(data, round(1.25*size), n_phantoms, where, keep)
-    return images, mark, *plan(rows, *asked, table='' if table else str(data))   # said once
+    rows, t, *rest = plan(rows, *asked, table='' if table else str(data))          # said once
+    return images, with_rows(mark, rows.split, rows.get('patient', []), t.y), rows, t, *rest
 
 # %% ../nbs/30_finetune.ipynb #98f36480
 def _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, resume, where, cache, n_boot):

@@ -1,6 +1,6 @@
 "`pretrain` and its command: the run folder, resume, other inputs, bad input."
 import json
-import pandas as pd, pytest, torch
+import numpy as np, pandas as pd, pytest, torch
 from fastcore.script import anno_parser
 from safetensors.torch import load_file
 import c2l_nb.pretrain as module
@@ -131,3 +131,7 @@ def test_looks_may_lie_on_another_device(monkeypatch):
     health.looks, health.queries, health.learn = [[torch.tensor(v).as_subclass(Far), .5, 0., v] for v in (0., 1.)], [torch.eye(4)], type('L', (), dict(epoch=0))()
     health.after_train()
     assert health.now['top1'] == .5 and health.now['chance'] == .5
+
+def test_a_run_knows_its_splits():
+    marks = {module.with_rows('files', s) for s in ([True, False], [False, True], np.array([True, False]))}
+    assert len(marks) == 2 and all(m.startswith('files ') for m in marks)

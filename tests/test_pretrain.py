@@ -135,3 +135,15 @@ def test_looks_may_lie_on_another_device(monkeypatch):
 def test_a_run_knows_its_splits():
     marks = {module.with_rows('files', s) for s in ([True, False], [False, True], np.array([True, False]))}
     assert len(marks) == 2 and all(m.startswith('files ') for m in marks)
+
+def test_resume_refuses_other_splits(tmp_path):
+    "Who was a test patient must not be trained on without a word"
+    index = write_phantoms(tmp_path/'x', 60, size=32, progress=False)
+    run = dict(data=str(index), out=tmp_path/'out', **{**TINY, 'epochs': 1})
+    pretrain(**run)
+    df = pd.read_csv(index, dtype=str)
+    test = df.index[df.split == 'test']
+    df.loc[df.index[df.split == 'train'][:len(test)], 'split'] = 'now test'                     # as many as before, but other ones
+    df.loc[test, 'split'] = 'train'
+    df.replace('now test', 'test').to_csv(index, index=False)
+    with pytest.raises(ValueError, match='fingerprint'): pretrain(resume=True, **run)

@@ -14,6 +14,7 @@ import torch, torch.nn.functional as F
 from fastai.basics import Callback, Learner, get_model
 from fastai.callback.channelslast import ChannelsLast
 from torch import nn, Tensor
+from .core import choose_device, large_generator, one_process
 from .phantom import seeded
 from .cache import pretrain_dls
 from .augment import C2LAugment
@@ -89,26 +90,56 @@ def bend(
     return torch.lerp(y0, y1, ((v - x0)/(x1 - x0).clamp_min(1e-9)).clamp(0, 1)).view_as(x)
 
 # %% ../nbs/32_baselines.ipynb #7bd0020b
-def _local(n, shape, g):
+def _windows(n):
+    "Shares of windows of 1 px, up to 2 px … among all: a window is as likely as it is long, and at most a tenth of n px"
+    sizes = torch.arange(1., max(1, n//10) + 1)
+    return (sizes/sizes.sum()).cumsum(0)[:-1].contiguous()
+
+def _local(n, shape, g, device):
     "For each pixel of B×H×W, along an axis of n px: how far away the value comes from that it gets"
-    def uniform(): return torch.rand(shape, generator=g)
-    most, at = max(1, n//10), torch.arange(n)
-    sizes = torch.arange(1., most + 1)
-    s = 1 + torch.searchsorted((sizes/sizes.sum()).cumsum(0)[:-1].contiguous(), uniform())      # window, as likely as it is long
-    low, high = (at + s - n).clamp_min(0), torch.minimum(s - 1, at)                              # place in it, the window inside the image
-    return (uniform()*s).floor().long() - (low + (uniform()*(high - low + 1)).floor().long())
+    def uniform():
+        return torch.rand(shape, generator=g, device=device)
+    at = torch.arange(n, device=device)
+    window = 1 + torch.searchsorted(_windows(n).to(device), uniform())
+    low, high = (at + window - n).clamp_min(0), torch.minimum(window - 1, at)              # place in it, the window inside the image
+    return (uniform()*window).floor().long() - (low + (uniform()*(high - low + 1)).floor().long())
+
+def _sources(shape, g, device):
+    "For each pixel of B×H×W, where in the flattened image its value comes from; drawn from a generator of the device"
+    b, h, w = shape
+    i = torch.arange(h, device=device)[:, None] + _local(h, (b, w, h), g, device).transpose(1, 2)
+    j = torch.arange(w, device=device) + _local(w, (b, h, w), g, device)
+    return (i*w + j).flatten(1)
 
 def shuffle(
     x:Tensor, # B×1×H×W
     g:torch.Generator=None, # on the CPU
 ) -> Tensor: # B×1×H×W
     "Each pixel takes the value of one from a window around it, at most a tenth of the side large."
-    b, _, h, w = x.shape
-    i = torch.arange(h)[:, None] + _local(h, (b, w, h), g).transpose(1, 2)
-    j = torch.arange(w) + _local(w, (b, h, w), g)
-    return x.flatten(1).gather(1, (i*w + j).flatten(1).to(x.device)).view_as(x)
+    sources = _sources(x[:, 0].shape, large_generator(g, x.device), x.device)
+    return x.flatten(1).gather(1, sources).view_as(x)
 
 # %% ../nbs/32_baselines.ipynb #e9112943
+def _draw_blocks(shape, small, large, g, n, always):
+    "Which blocks there are (B×n), and start and side of each along H and W (B×n×2): drawn on the CPU"
+    b, h, w = shape
+    go = torch.rand(b, n, generator=g) < .95
+    go[:, 0] |= always
+    def along(s):
+        low, high = int(small*s), max(int(large*s), 1)
+        side = low + (torch.rand(b, n, 1, generator=g)*(high - low + 1)).floor()
+        start = 3 + (torch.rand(b, n, 1, generator=g)*(s - side - 5)).floor()
+        return torch.cat([start, side], 2)
+    return go.cumprod(1), along(h), along(w)
+
+def _fill_blocks(shape, go, rows, columns):
+    "The union of blocks, on the device of what was drawn"
+    def inside(s, drawn):
+        at, (start, side) = torch.arange(s, device=drawn.device), drawn.split(1, 2)
+        return (at >= start) & (at < start + side)                                  # B×n×s
+    in_rows, in_columns = inside(shape[1], rows), inside(shape[2], columns)
+    return (in_rows[..., None] & in_columns[:, :, None] & go.bool()[..., None, None]).any(1)
+
 def blocks(
     shape:tuple, # B, H, W
     small:float, # least side of a block, as a share of the image's
@@ -118,14 +149,7 @@ def blocks(
     always:bool=True, # is the first sure to come?
 ) -> Tensor: # B×H×W, True in a block
     "The union of some random blocks of each image, at least 3 px from the border."
-    (b, h, w), go = shape, torch.rand(shape[0], n, generator=g) < .95
-    go[:, 0] |= always
-    def inside(s):
-        low, high = int(small*s), max(int(large*s), 1)
-        side = low + (torch.rand(b, n, 1, generator=g)*(high - low + 1)).floor()
-        start = 3 + (torch.rand(b, n, 1, generator=g)*(s - side - 5)).floor()
-        return (torch.arange(s) >= start) & (torch.arange(s) < start + side)            # B×n×s
-    return (inside(h)[..., None] & inside(w)[:, :, None] & go.cumprod(1).bool()[..., None, None]).any(1)
+    return _fill_blocks(shape, *_draw_blocks(shape, small, large, g, n, always))
 
 # %% ../nbs/32_baselines.ipynb #c84e02e8
 @dataclass(frozen=True)
@@ -149,24 +173,43 @@ class GenesisConfig:
     seed:int = 0               # of every draw that is ours
 
 # %% ../nbs/32_baselines.ipynb #6bbd974e
+def _draw(shape, c, g, device):
+    "What `genesis` does to each image, in the order of its draws: names and tensors of B×…, all on the device"
+    b, h, w = shape
+    large = large_generator(g, device)
+    def u(*s):
+        return torch.rand(b, *s, generator=g)
+    again = (u(3) < c.flip).cumprod(1)
+    flips = again[..., None]*F.one_hot((u(3) < .5).long(), 2)                # B×3×2: along H, along W
+    sources = _sources(shape, large, device)
+    small = dict(flip=flips.sum(1)%2, shuffle=u() < c.shuffle, points=u(2, 2), falls=u() < .5, bend=u() < c.bend)
+    noise = torch.rand(b, 1, h, w, generator=large, device=device)
+    for name, low, high, always in (('inner', 1/6, 1/3, False), ('outer', 3/7, 4/7, True)):
+        small |= zip((f'{name}_go', f'{name}_rows', f'{name}_columns'), _draw_blocks(shape, low, high, g, 5, always))
+    small |= dict(outpaint=u() < c.outpaint, paint=u() < c.paint)
+    packed = torch.cat([t.view(b, -1).float() for t in small.values()], 1).to(device)       # one transfer for all
+    parts = packed.split([t[0].numel() for t in small.values()], 1)
+    return {k: p.view(t.shape) for (k, t), p in zip(small.items(), parts)} | dict(sources=sources, noise=noise)
+
 def genesis(
     y:Tensor, # B×1×H×W in 0..1
     c:GenesisConfig=GenesisConfig(), # the rates
-    g:torch.Generator=None, # on the CPU
+    g:torch.Generator=None, # on the CPU; a GPU draws what is as large as the images itself, see `large_generator`
 ) -> tuple[Tensor, Tensor]: # the spoiled images and what they should be restored to
     "Spoil a batch of images, each by its own draw."
-    b = len(y)
-    u = lambda *s: torch.rand(b, *s, generator=g)
-    def choose(p, new, old): return torch.where((u() < p).to(y.device).view(-1, 1, 1, 1), new, old)
-    again, axis = (u(3) < c.flip).cumprod(1), (u(3) < .5)
-    for k in range(3):
-        for a in (0, 1): y = torch.where((again[:, k].bool() & (axis[:, k] == a)).to(y.device).view(-1, 1, 1, 1), y.flip(2 + a), y)
-    x = choose(c.shuffle, shuffle(y, g), y)
-    x = choose(c.bend, bend(x, bezier(u(2, 2)).to(y), (u() < .5).to(y)), x)
-    noise = u(*y.shape[1:]).to(y)
-    into = torch.where(blocks(y[:, 0].shape, 1/6, 1/3, g, always=False).to(y.device)[:, None], noise, x)
-    around = torch.where(blocks(y[:, 0].shape, 3/7, 4/7, g).to(y.device)[:, None], x, noise)
-    return choose(c.paint, choose(c.outpaint, around, into), x), y
+    shape = y[:, 0].shape
+    d = _draw(shape, c, g, y.device)
+    def choose(which, new, old):
+        return torch.where(which.bool().view(-1, 1, 1, 1), new, old)
+    def mask(name):
+        return _fill_blocks(shape, d[f'{name}_go'], d[f'{name}_rows'], d[f'{name}_columns'])[:, None]
+    y = choose(d['flip'][:, 0], y.flip(2), y)
+    y = choose(d['flip'][:, 1], y.flip(3), y)
+    x = choose(d['shuffle'], y.flatten(1).gather(1, d['sources']).view_as(y), y)
+    x = choose(d['bend'], bend(x, bezier(d['points']).to(y), d['falls']), x)
+    noise = d['noise'].to(y)
+    into, around = torch.where(mask('inner'), noise, x), torch.where(mask('outer'), x, noise)
+    return choose(d['paint'], choose(d['outpaint'], around, into), x), y
 
 # %% ../nbs/32_baselines.ipynb #b8218cb9
 class Genesis(nn.Module):
@@ -179,8 +222,10 @@ class Genesis(nn.Module):
         self.config, self.seen = config, 0
         self.prepare = Prepare(config.mean, config.std, in_channels(backbone))
         self.student = Encoder(backbone, nn.Identity())
-        with torch.no_grad(), eval_mode(backbone): found = maps(backbone, torch.zeros(1, in_channels(backbone), 32, 32))
-        self.decoder = Decoder([m.shape[1] for m in found], config.width)
+        device = next(backbone.parameters()).device
+        with torch.no_grad(), eval_mode(backbone):
+            found = maps(backbone, torch.zeros(1, in_channels(backbone), 32, 32, device=device))
+        self.decoder = Decoder([m.shape[1] for m in found], config.width).to(device)
 
     def get_extra_state(self): return torch.tensor(self.seen)
     def set_extra_state(self, state): self.seen = int(state)
@@ -225,12 +270,13 @@ def genesis_learner(
     rows=None, # positions or mask of the images to take; None: all
     path=None, # of the run folder
     precision:str='fp32', # fp32, bf16 or fp16
+    device:str|torch.device|None=None, # where it trains, see `choose_device`; None: the GPU where there is one
 ) -> Learner: # to fit
     "A `Learner` that trains Model Genesis as C2L is trained at small scale: SGD, a warm-up, half a cosine"
     torch.manual_seed(config.seed)
     cbs = [GenesisCallback(config), ChannelsLast(), CosineDecay(warmup=config.warmup)]
     if precision != 'fp32': cbs.append(Precision(precision))
-    dls = pretrain_dls(images, config.batch_size, config.seed, rows=rows)
+    dls = pretrain_dls(images, config.batch_size, config.seed, device, rows=rows)
     return Learner(dls, create_encoder(arch, channels=1), loss_func=F.mse_loss, opt_func=c2l_opt, wd=config.wd,
                    lr=config.lr, cbs=cbs, path=path)
 
@@ -257,13 +303,16 @@ def pretrain_genesis(
     where:str='', # rows of an index CSV
     cache:str='', # folder for the squares; '': `out`-cache
     precision:str='fp32', # fp32, bf16 or fp16
+    device:str|None=None, # cpu, cuda, cuda:1, mps; None: see `choose_device`
     **changes, # fields of `GenesisConfig`, as epochs=20
 ) -> Learner: # trained
     "Pretrain Model Genesis: writes config.json, log.csv, checkpoint/, backbone.safetensors. ValueError for bad arguments"
+    one_process('Model Genesis')
+    device = choose_device(device)
     config, out = GenesisConfig(**changes, size=size, seed=seed), Path(out)
     begun = _begun(out, resume)
     images, rows, mark = load_data(data, round(1.25*size), n_phantoms, where, cache or f'{out}-cache', data != 'phantoms')
-    learn = genesis_learner(images, config, arch, (rows.split == 'train').values, out, precision)
+    learn = genesis_learner(images, config, arch, (rows.split == 'train').values, out, precision, device)
     learn.add_cb(C2LCheckpoint(out, asdict(config) | dict(arch=arch, precision=precision), mark))
     about = dict(method='Model Genesis', arch=arch, precision=precision, config=asdict(config),
                  data=dict(name=Path(data).name, images=learn.dls.train.n, fingerprint=mark))

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.torch_core import default_device
 from fastcore.basics import noop, patch
 from fastcore.script import call_parse
 from filelock import FileLock, Timeout
+from .core import choose_device
 from .phantom import seeded
 from .labels import DataError
 from .squares import FITS, file_stamp, judge, load_squares, read_items, read_squares, to_square
@@ -167,7 +167,7 @@ class Squares:
 
     def __getitem__(self, i):
         self.announce(i)
-        return np.array(self.map[self.index[i]])
+        return np.asarray(self.map).take(self.index[i], axis=0)        # the one copy of the pixels, also for a single position
 
 # %% ../nbs/03_cache.ipynb #a461549a
 @patch
@@ -261,7 +261,7 @@ def pretrain_dls(
     images, # `RadiographCache`, or N×S×S uint8: its `images`, or an array in memory
     bs:int=256, # paper, section 4
     seed:int=0, # of the orders
-    device=None, # where batches go; fastai's default device if None
+    device:str|torch.device|None=None, # where batches and the model go, see `choose_device`; None: the GPU where there is one
     workers:int=0, # processes that gather batches; none was fastest beside short steps on a CPU; try 2 for a GPU
     rows=None, # positions or mask of the images to take, as `(cache.rows.split == 'train').values`; None: all
     ids=None, # N integers to give with `images`, as `patient_ids(cache.rows)`; None: positions
@@ -272,23 +272,30 @@ def pretrain_dls(
     if len(at) < bs: raise ValueError(f"{len(at)} images do not fill a batch of {bs}: take a smaller bs (--batch)")
     ids = torch.as_tensor(at if ids is None else np.asarray(ids)[at])
     if rows is not None: images = images.view(at) if isinstance(images, Squares) else images[at]
-    pin = torch.device(device if device is not None else default_device()).type == 'cuda'
+    device = choose_device(device)
+    pin = device.type == 'cuda'
     how = dict(bs=bs, indexed=True, device=device)
     train = PoolDL(_Pool(images, ids), shuffle=True, drop_last=True, pin_memory=pin, num_workers=workers, **how)
     train.seed = seed
     return DataLoaders(train, PoolDL(_Pool(images[:0], torch.arange(0)), **how), device=device)
 
 # %% ../nbs/03_cache.ipynb #dc08fae4
+def _labels(y):
+    "As a tensor that any device takes: a Mac's GPU has no float64, and 0, 1 and NaN need none"
+    y = torch.as_tensor(y)
+    return y.float() if y.dtype == torch.float64 else y
+
 def labelled_dls(
     images:np.ndarray, # N×S×S uint8, those that vote or train
     y, # N class numbers, or N×C of 0, 1, NaN
     valid_images:np.ndarray, # M×S×S uint8, of other patients
     valid_y, # as `y`
     bs:int=256, # images a batch
-    device=None, # where batches go
+    device:str|torch.device|None=None, # where batches go, as for `pretrain_dls`
 ) -> DataLoaders: # batches (image B×1×S×S, label), in order
     "Loaders of labelled images, for `OnlineProbe`."
-    pools = [_Pool(im, torch.as_tensor(t)) for im, t in ((images, y), (valid_images, valid_y))]
+    device = choose_device(device)
+    pools = [_Pool(im, _labels(t)) for im, t in ((images, y), (valid_images, valid_y))]
     return DataLoaders(*[PoolDL(p, bs=bs, indexed=True, device=device) for p in pools], device=device)
 
 # %% ../nbs/03_cache.ipynb #30bf3c73

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 import fastai, json, numpy as np, torch
-from fastai.basics import Callback, L, Learner, OptimWrapper, default_device, get_model, rank_distrib, to_device
+from fastai.basics import Callback, L, Learner, OptimWrapper, get_model, rank_distrib, to_device
 from fastai.learner import SkipToEpoch
 from fastcore.basics import patch
 from torch import Tensor
@@ -146,7 +146,7 @@ def _save(self:C2LCheckpoint, epoch, done):
     self.clock, self.at, self.late = time.monotonic(), self.train_iter, False
     if rank_distrib(): return                              # of several processes, the first writes
     tensors, meta = learner_state(self.learn, epoch, done, self.order_rng if done else None)
-    log = dict(columns=list(self.recorder.metric_names), rows=list(self.rows), made_with=_made_with())
+    log = dict(columns=list(self.recorder.metric_names), rows=list(self.rows), made_with=_made_with(self.learn.model))
     pool = ThreadPoolExecutor(1)
     self.job = pool.submit(save_checkpoint, self.folder, tensors, meta | self.about() | log)
     pool.shutdown(wait=False)
@@ -189,10 +189,26 @@ def _write_log(self:C2LCheckpoint):
 # %% ../nbs/24_checkpoint.ipynb #825f421c
 def _plain(x): return json.loads(json.dumps(asdict(x) if is_dataclass(x) else x))    # as it comes back from JSON
 
-def _made_with():
+def _float32(module):
+    "How float32 is computed, 'tf32' or 'ieee'; True or False (TF32) by torch before 2.9"
+    return getattr(module, 'fp32_precision', None) or module.allow_tf32
+
+def _where(device):
+    "The device, and how it computes"
+    about = dict(device=device.type, device_name=torch.backends.cpu.get_cpu_capability(),
+                 deterministic=torch.are_deterministic_algorithms_enabled())
+    if device.type == 'cuda':
+        cudnn = torch.backends.cudnn
+        about |= dict(device_name=torch.cuda.get_device_name(device), cudnn=cudnn.version(), cudnn_deterministic=cudnn.deterministic,
+                      cudnn_benchmark=cudnn.benchmark, convolutions=_float32(getattr(cudnn, 'conv', cudnn)),
+                      products=_float32(torch.backends.cuda.matmul))
+    return about
+
+def _made_with(model):
     "What equal bits depend on besides the state"
-    return dict(c2l_nb=__version__, torch=torch.__version__, fastai=fastai.__version__, numpy=np.__version__,
-                python=platform.python_version(), threads=torch.get_num_threads())
+    versions = dict(c2l_nb=__version__, torch=torch.__version__, fastai=fastai.__version__, numpy=np.__version__,
+                    python=platform.python_version(), threads=torch.get_num_threads())
+    return versions | _where(next(model.parameters()).device)
 
 @patch
 def about(self:C2LCheckpoint):
@@ -274,7 +290,9 @@ def _load_opt(opt, state, device):
 # %% ../nbs/24_checkpoint.ipynb #6a099913
 def _prepare(learn):
     "An optimiser on the device, no gradient of a batch that was interrupted; a warning if the loader draws what nobody can repeat"
-    learn.model.to(getattr(learn.dls, 'device', None) or default_device())
+    device = getattr(learn.dls, 'device', None)
+    if device is not None:                                 # else fastai leaves model and batches where they are
+        learn.model.to(device)
     if learn.opt is None: learn.create_opt()
     learn.opt.zero_grad()
     drawn = _random_transforms(learn.dls.train)
@@ -287,7 +305,9 @@ def _check(cb, meta):
     more = f'; and {len(wrong) - 9} more' if len(wrong) > 9 else ''
     if wrong: raise CheckpointError(f"the checkpoint is of another run. {'; '.join(wrong[:9])}{more}. "
                                     "Use the same settings, or start a new run in another folder")
-    other = _differences(meta['made_with'], _made_with(), 'made_with')
+    here = _made_with(cb.learn.model)
+    saved = {k: v for k, v in meta['made_with'].items() if k in here}       # a GPU has more to say than a CPU
+    other = _differences(saved, {k: here[k] for k in saved}, 'made_with')   # an older checkpoint said less
     if other: warnings.warn(f"the run goes on, but perhaps not to the bit: {'; '.join(other)}")
 
 # %% ../nbs/24_checkpoint.ipynb #4733dbe8

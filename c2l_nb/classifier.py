@@ -15,6 +15,7 @@ from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.tracker import TrackerCallback
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from .core import choose_device
 from .phantom import seeded
 from .cache import PoolDL, _Pool
 from .augment import C2LAugment, Draw
@@ -157,6 +158,7 @@ def finetune_learner(
     crop:float=.2, # smallest share of the area in a training view
     seed:int=0, # of head, order and views
     cbs=(), # more callbacks
+    device:str|torch.device|None=None, # where it trains, see `choose_device`; None: the GPU where there is one
 )->Learner: # `learn.fit(50)`, `learn.freeze()`, `lr=slice(…)` as with `vision_learner`; left at the best epoch by valid
     "A fastai `Learner` that fine-tunes a body; ValueError if there are not two training images"
     if len(train) < 2: raise ValueError(f"{len(train)} training images cannot be trained on: take a larger fraction")
@@ -165,8 +167,9 @@ def finetune_learner(
     asked = targets.y if targets.one_class else targets.truth                      # of valid
     pools = [_Pool(take(at), torch.from_numpy(y[at])) for at, y in ((train, targets.y), (valid, asked))]
     one_left = len(train) % bs == 1                                              # BatchNorm needs two
-    dls = DataLoaders(PoolDL(pools[0], bs=bs, indexed=True, shuffle=True, drop_last=one_left),
-                      PoolDL(pools[1], bs=256, indexed=True))
+    device = choose_device(device)
+    dls = DataLoaders(PoolDL(pools[0], bs=bs, indexed=True, shuffle=True, drop_last=one_left, device=device),
+                      PoolDL(pools[1], bs=256, indexed=True, device=device), device=device)
     dls.train.seed = seed
     ours = [Views(size, crop, seed), FrozenStay(), KeepBest(), ChannelsLast()]
     return Learner(dls, Classifier(body, loss.n_out, prepare, seed), loss, adam, lr=lr, wd=wd, splitter=splitter,

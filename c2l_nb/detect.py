@@ -27,6 +27,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.transforms import v2
 from . import __version__
+from .core import choose_device, one_process
 from .phantom import FINDINGS, PREVALENCE, phantom, seeded
 from .labels import DataError, fingerprint, index_csv, split_patients
 from .datasets import rsna_pneumonia
@@ -180,13 +181,14 @@ def detection_learner(images, # N×S×S uint8
                       batch:int=4, # paper, section 4
                       seed:int=0, # of the orders
                       cbs=(), # more callbacks
+                      device:str|torch.device|None=None, # where it trains, see `choose_device`; None: the GPU where there is one
                      )->Learner: # `learn.fit(epochs, lr)` trains it
     "A fastai `Learner` for a detector"
-    boxes, at = list(boxes), [np.flatnonzero(m) for m in (train, score)]
-    dls = [BoxDL(BoxPool(images, boxes, a, tfms), bs=batch, shuffle=bool(tfms), drop_last=bool(tfms), indexed=True)
+    boxes, at, device = list(boxes), [np.flatnonzero(m) for m in (train, score)], choose_device(device)
+    dls = [BoxDL(BoxPool(images, boxes, a, tfms), bs=batch, shuffle=bool(tfms), drop_last=bool(tfms), indexed=True, device=device)
            for a, tfms in zip(at, (box_augment(), None))]
     dls[0].seed = seed
-    return Learner(DataLoaders(*dls), model, detection_loss, adamw, wd=.05, wd_bn_bias=True, metrics=BestMap(),
+    return Learner(DataLoaders(*dls, device=device), model, detection_loss, adamw, wd=.05, wd_bn_bias=True, metrics=BestMap(),
                    cbs=[Epoch(), CosineDecay(warmup=.05), GradientClip(1.), ChannelsLast(), *cbs])
 
 @torch.no_grad()
@@ -288,8 +290,11 @@ def detect(data:str='phantoms', # 'phantoms', an index CSV, or the folder of the
            n_phantoms:int=600, # images, where `data` is 'phantoms'
            resume:bool=False, # go on with the run in `out` from its last finished epoch
            cache:str='', # folder that keeps the squares on disk; '': in memory
+           device:str|None=None, # cpu, cuda, cuda:1, mps; None: see `choose_device`
           )->pd.DataFrame: # `map_table` of the scored split
     "Train a detector and score it. ValueError or DataError before anything long if an argument or the data cannot work"
+    one_process('detection')
+    device = choose_device(device)
     out = _check_run(out, resume, precision, size=size, epochs=epochs, batch=batch, width=width, n_phantoms=n_phantoms)
     torch.manual_seed(seed)
     body, prepare = load_init(init)
@@ -299,7 +304,7 @@ def detect(data:str='phantoms', # 'phantoms', an index CSV, or the folder of the
     config = dict(data=Path(data).name, init=Path(init).name, size=size, epochs=epochs, batch=batch, lr=lr, width=width, seed=seed,
                   precision=precision, score_on=score_on, images=int(train.sum()), fingerprint=mark)
     cbs = [C2LCheckpoint(out, config, mark)] + ([] if precision == 'fp32' else [Precision(precision)])
-    learn = detection_learner(images, rows.square, train, scored, model, batch, seed, cbs)
+    learn = detection_learner(images, rows.square, train, scored, model, batch, seed, cbs, device)
     out.mkdir(parents=True, exist_ok=True)
     start = resume_run(learn, out, config, mark) if resume else 0
     (out/'config.json').write_text(json.dumps(about := config | dict(versions=_versions()), indent=1))
@@ -325,13 +330,14 @@ def main(
     phantoms:int=600, # Phantoms to draw
     resume:bool=False, # Go on with the run in --out from its last finished epoch, with the same settings
     cache:str='', # Folder that keeps the squares on disk; default: in memory
+    device:str=None, # cpu, cuda, cuda:1 or mps; default: the GPU where there is one
 ):
     "Train RetinaNet on a backbone and score it as the RSNA Pneumonia Detection challenge did"
     small = dict(size=128, epochs=6, width=64) if data == 'phantoms' else dict(size=512, epochs=12, width=256)
     own = {k: v for k, v in dict(size=size, epochs=epochs, width=width).items() if v is not None}
     try:
         score = detect(data, out, boxes, side, init, batch=batch, lr=lr, score_on=split, seed=seed, precision=precision,
-                       n_phantoms=phantoms, resume=resume, cache=cache, **(small | own))
+                       n_phantoms=phantoms, resume=resume, cache=cache, device=device, **(small | own))
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_detect: {e}") from e
     print(score.to_string(index=False, float_format='{:.3f}'.format))
     print(f"Wrote {out}: see report.html; the boxes are in predictions.csv")

@@ -12,6 +12,7 @@ import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import nn, Tensor
 from fastai.torch_core import no_random
+from .core import choose_device
 from .encoder import pool
 from .metrics import auroc, _codes
 
@@ -45,12 +46,14 @@ def _in_order(data):
 # %% ../nbs/22_embed.ipynb #39f201ac
 def extract_features(encoder:nn.Module, # A body: images to B×F or B×F×H×W; or `learn.model` of C2L
                      dl_or_tensor, # Images N×C×H×W, or a DataLoader whose batches start with such
-                     device=None, # Where to run (the encoder is moved there); default: where it is
+                     device:str|torch.device|None=None, # Where to run (the encoder is moved there, see `choose_device`); None: where it is
                      bs:int=256, # Images at a time; of a tensor only
                      prepare=None, # Called on each batch, e.g. `Prepare()` for uint8; default: the batch as it is
                     )->Tensor: # N×F, float32, on the CPU
     "Features of every image from the frozen encoder. ValueError if there are no images, or what comes is none."
-    device = device or next(encoder.parameters(), torch.empty(0)).device
+    if device is None:
+        device = next(encoder.parameters(), torch.empty(0)).device
+    device = choose_device(device)
     with no_random(reproducible=False), torch.no_grad(), eval_mode(encoder.to(device)):
         data, tfms_off = _in_order(dl_or_tensor)
         with tfms_off:
@@ -72,7 +75,7 @@ def _check(name, f, width=None):
 
 def _targets(name, y, n, n_classes=None):
     "Labels of `n` images as N×C: class numbers become one-hot, multi-hot stays. And: were they class numbers?"
-    y = torch.as_tensor(y).double()
+    y = torch.as_tensor(y).cpu().double()                       # in this order: a Mac's GPU has no float64
     if y.ndim not in (1,2) or len(y)!=n: raise ValueError(f"{name} must be N or N×C with N={n}, got {tuple(y.shape)}")
     if y.ndim==1:
         if not ((y>=0) & (y==y.round())).all():
@@ -193,9 +196,9 @@ def linear_probe(train_feats, # Features, M×F
                  seed:int=0, # Of the folds
                 )->tuple: # (probabilities N×C float64 of the test images, without test those of valid; strength)
     "Logistic regression on standardised frozen features. ValueError names the argument at fault."
-    raw = _check('train_feats', train_feats).double().cpu()
+    raw = _check('train_feats', train_feats).cpu().double()
     mean, std = raw.mean(0), raw.std(0, correction=0)
-    scale = lambda name, f: (_check(name, f, raw.shape[1]).double().cpu()-mean)/torch.where(std>1e-8*std.max(), std, 1.)
+    scale = lambda name, f: (_check(name, f, raw.shape[1]).cpu().double()-mean)/torch.where(std>1e-8*std.max(), std, 1.)
     x, l2s = scale('train_feats', raw), sorted(l2s, reverse=True)
     y, one_class = _targets('train_y', train_y, len(x))
     valid = scale('valid_feats', valid_feats)

@@ -9,10 +9,11 @@ __all__ = ['probe_scores', 'run_cell', 'name_inits', 'plan', 'card_size', 'finet
 import hashlib, json, platform, re, shlex, sys, time
 from pathlib import Path
 import fastai, numpy as np, pandas as pd, torch, torchvision
-from fastai.basics import default_device, no_random
+from fastai.basics import no_random
 from fastcore.script import call_parse
 from torch import nn
 from . import __version__
+from .core import choose_device, one_process
 from .cache import read_items
 from .embed import _mean_auroc, linear_probe
 from .checkpoint import _differences
@@ -37,11 +38,11 @@ def probe_scores(feats, t, train, valid, score): # features N×F; Targets; posit
     return torch.stack(out, 1).numpy()
 
 # %% ../nbs/30_finetune.ipynb #c2cac55b
-def _fit(images, t, train, valid, body, prepare, s, seed):
+def _fit(images, t, train, valid, body, prepare, s, seed, device):
     "A fine-tuned learner, by the settings `s`"
     cbs = [Precision(s['precision'])] if s['precision'] != 'fp32' else []
     how = [s[k] for k in ('size', 'batch', 'lr', 'wd', 'crop')]
-    learn = finetune_learner(images, t, train, valid, body, prepare, *how, seed, cbs)
+    learn = finetune_learner(images, t, train, valid, body, prepare, *how, seed, cbs, device)
     with learn.no_bar(), learn.no_logging():
         if s['freeze_epochs']: learn.freeze(); learn.fit(s['freeze_epochs']); learn.unfreeze()
         learn.fit(s['epochs'], slice(s['lr']/s['discriminative'], s['lr']) if s['discriminative'] > 1 else s['lr'])
@@ -54,6 +55,7 @@ def run_cell(
     init, seed:int, # see `load_body`; or a body and its `Prepare`
     s:dict, # settings of `finetune`
     feats=None, # frozen features of all images: needed where s['mode'] is 'probe', else not used
+    device:str|torch.device|None=None, # where it trains, see `choose_device`
 )->tuple: # scores len(score)×C; curve, a row an epoch
     "Train and score one cell"
     with no_random(seed, reproducible=False):
@@ -63,7 +65,7 @@ def run_cell(
             curve = [dict(auroc=_mean_auroc(torch.from_numpy(t.truth[valid]), seen))]
         else:
             body = load_body(init, s['arch'], seed) if isinstance(init, str) else init
-            learn = _fit(images, t, train, valid, *body, s, seed)
+            learn = _fit(images, t, train, valid, *body, s, seed, device)
             p = learn.loss_func.activation(features_of(learn.model, images, score, s['size'])).numpy()
             curve, best = learn.keep_best.curve, learn.keep_best.at
     curve = pd.DataFrame(curve).rename_axis('epoch').reset_index()
@@ -170,7 +172,7 @@ def _begin(out, about, rows, t):
     write_atomically(out/'config.json', json.dumps(about, indent=1).encode())
 
 # %% ../nbs/30_finetune.ipynb #723a95ef
-def _features(images, inits, s):
+def _features(images, inits, s, device):
     "(init, seed) -> features of all images, the last one kept; None in full fine-tuning"
     kept = {}
     def of(init, seed):
@@ -178,7 +180,8 @@ def _features(images, inits, s):
         if s['mode'] == 'probe' and key not in kept:
             kept.clear()
             body, prepare = load_body(inits[init], s['arch'], seed)
-            kept[key] = features_of(nn.Sequential(prepare, body).to(default_device()), images, np.arange(len(images)), s['size'])
+            model = nn.Sequential(prepare, body).to(device)
+            kept[key] = features_of(model, images, np.arange(len(images)), s['size'])
         return kept.get(key)
     return of
 
@@ -192,7 +195,7 @@ def _read(data, asked, size, n_phantoms, where, keep):
     return images, with_rows(mark, rows.split, rows.get('patient', []), t.y), rows, t, *rest
 
 # %% ../nbs/30_finetune.ipynb #98f36480
-def _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, resume, where, cache, n_boot):
+def _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, resume, where, cache, n_boot, device):
     "`finetune`, its settings `s` in one dict"
     out, sums = _check(out, resume, s, inits, draws, seeds)
     if resume: _same_run(out, settings=s, inits=sums)
@@ -203,7 +206,7 @@ def _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, 
     if resume: _same_run(out, classes=about['classes'], data=about['data'])
     print(f"{len(rows):,} labelled images, {', '.join(map(str, t.classes))}; {said}; {len(cells)} cells to train")
     _begin(out, about, rows, t)
-    _run_grid(out, cells, inits, images, t, at, rows, s)
+    _run_grid(out, cells, inits, images, t, at, rows, s, device)
     return report_run(out, n_boot)
 
 # %% ../nbs/30_finetune.ipynb #a28fbf7b
@@ -225,13 +228,16 @@ def finetune(
     n_phantoms:int=1024, # images, where `data` is 'phantoms'
     resume:bool=False, # skip finished cells of the run in `out`; more inits, fractions, draws, seeds may be added
     where:str='', cache:str='', n_boot:int=1000, # see `c2l_nb.pretrain.pretrain`; resamples for the intervals
+    device:str|None=None, # cpu, cuda, cuda:1, mps; None: see `choose_device`
 )->tuple: # the two tables of `compare`
     "Fine-tune and compare initialisations. ValueError before anything long if an argument, file or label cannot work"
+    one_process('fine-tuning')
+    device = choose_device(device)
     inits = name_inits(init)
     if size is None: size = card_size(inits)
     s = dict(arch=arch, size=size, epochs=epochs, batch=batch, lr=lr, wd=wd, crop=crop, mode=mode, task=task,
              policy=policy, freeze_epochs=freeze_epochs, discriminative=discriminative, precision=precision)
-    return _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, resume, where, cache, n_boot)
+    return _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, resume, where, cache, n_boot, device)
 
 # %% ../nbs/30_finetune.ipynb #1119a3d3
 def _reuse(out, file, first):
@@ -239,12 +245,12 @@ def _reuse(out, file, first):
     for kind in ('curves', 'predictions'): write_atomically(out/kind/file, (out/kind/first).read_bytes())
 
 # %% ../nbs/30_finetune.ipynb #7de73080
-def _run_grid(out, cells, inits, images, t, at, rows, s):
+def _run_grid(out, cells, inits, images, t, at, rows, s, device):
     "Train the cells that are not there yet; a cell's file of scores is its last and whole or absent"
     split, patient = rows.split.values, patient_codes(rows)
     images = images.view(at) if hasattr(images, 'path') else images[at]
     train, valid = [np.flatnonzero(split == k) for k in ('train', 'valid')]
-    score, feats = np.flatnonzero(split != 'train'), _features(images, inits, s)
+    score, feats = np.flatnonzero(split != 'train'), _features(images, inits, s, device)
     for n, (init, fraction, draw, seed) in enumerate(cells):
         file, start = f'{cell_name(init, fraction, draw, seed)}.csv', time.perf_counter()
         if (out/'predictions'/file).exists(): continue
@@ -252,7 +258,7 @@ def _run_grid(out, cells, inits, images, t, at, rows, s):
             _reuse(out, file, f'{cell_name(init, fraction, draw, 0)}.csv')
             continue
         part = train[draw_fraction(patient[train], fraction, draw)]
-        p, curve = run_cell(images, t, part, valid, score, inits[init], seed, s, feats(init, seed))
+        p, curve = run_cell(images, t, part, valid, score, inits[init], seed, s, feats(init, seed), device)
         _csv(out/'curves'/file, curve)
         _csv(out/'predictions'/file, pd.DataFrame(p, columns=t.classes).assign(image=score)[['image', *t.classes]])
         best = curve[curve.chosen].iloc[0]
@@ -313,6 +319,7 @@ def main(
     where:str='', # Rows of an index CSV to take, as body_part=chest
     cache:str='', # Folder for the squares of an index CSV; default OUT-cache
     resamples:int=1000, # Resamples of the patients for the intervals
+    device:str=None, # cpu, cuda, cuda:1 or mps; default: the GPU where there is one
 ):
     "Fine-tune classifiers from several initialisations, compared with the first of them, with intervals"
     _command(**locals())

@@ -10,13 +10,13 @@ import base64, hashlib, io, json, re
 from pathlib import Path
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
-from fastai.torch_core import default_device
 from fastcore.script import call_parse
 from fastprogress.fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
 from . import __version__
+from .core import choose_device, one_process
 from .cache import DataError, RadiographCache, build_cache, read_items, to_square
 from .metrics import _codes
 from .encoder import Prepare, in_channels
@@ -73,11 +73,13 @@ def embed_images(backbone:str|Path, # weights file that `load_backbone` reads
                  arch:str|None=None, # of `create_encoder`; None: the card's, or found by the names of the weights
                  where:str='', # rows of an index CSV, as 'body_part=chest'
                  chunk:int=512, # images a file of features
-                 device=None, # None: fastai's default device
+                 device:str|torch.device|None=None, # where the network runs, see `choose_device`; None: the GPU where there is one
                  workers:int|None=None, # processes that read files; None: one a processor; 0: none
                  progress:bool=True, # show bars?
                 )->tuple: # features N×F float32; cache of the N images, with `rows` and `bad`; chunks computed now
     "Features of every image that can be read. DataError, WeightsError or OSError say what cannot be used."
+    one_process('the extraction of features')
+    device = choose_device(device)
     out, path = Path(out), Path(images).expanduser()
     card, found = _model_card(backbone), (path/'cache.json').is_file()
     size = (card.get('size') or 224) if size is None else size
@@ -95,7 +97,7 @@ def embed_images(backbone:str|Path, # weights file that `load_backbone` reads
 # %% ../nbs/26b_gallery.ipynb #dfec46e6
 def _all_chunks(cache, size, chunk, folder, body, prepare, mark, device, progress):
     "What `_chunk` gives, for each chunk of the cache"
-    compute = lambda x: extract_features(body, x, device or default_device(), prepare=prepare, bs=64)
+    compute = lambda x: extract_features(body, x, device, prepare=prepare, bs=64)
     parts = np.array_split(np.arange(len(cache)), range(chunk, len(cache), chunk))
     squares = lambda at: np.stack([to_square(im, size) for im in cache.images[at]])
     return [_chunk(folder, mark, squares(at), compute) for at in progress_bar(parts, display=progress, leave=False)]
@@ -238,10 +240,10 @@ def _page(out, feats, cache, about, k, most, groups):
     write_report(out/'report.html', 'Features of radiographs', parts)
 
 # %% ../nbs/26b_gallery.ipynb #23259b10
-def _embed(backbone, images, out, k, others, most, size, arch, where, chunk, workers):
+def _embed(backbone, images, out, k, others, most, size, arch, where, chunk, workers, device):
     "What the command does, its errors as they come"
     if k<1: raise DataError(f"k must be at least 1, got {k}")
-    feats, cache, new = embed_images(backbone, images, out, size, arch, where, chunk, workers=workers)
+    feats, cache, new = embed_images(backbone, images, out, size, arch, where, chunk, device, workers)
     who = cache.rows.patient if 'patient' in cache.rows else pd.Series([None]*len(feats))
     if others and who.isna().any(): raise DataError(f"{images}: --others needs a patient for each image")
     groups = who.astype(str).values if others else None
@@ -264,9 +266,10 @@ def main(
     where:str='', # Rows of an index CSV to take, as body_part=chest
     chunk:int=512, # Images a file of features; a run that is stopped loses at most these
     workers:int=None, # Processes that read files; default: one a processor
+    device:str=None, # cpu, cuda, cuda:1 or mps; default: the GPU where there is one
 ):
     "Features of radiographs from a backbone, and the nearest images of each"
-    try: feats, cache, new = _embed(backbone, images, out, k, others, most, size, arch, where, chunk, workers)
+    try: feats, cache, new = _embed(backbone, images, out, k, others, most, size, arch, where, chunk, workers, device)
     except (ValueError, ImportError, OSError, RuntimeError) as e: raise SystemExit(f"c2l_embed: {e}") from e
     print(f"Wrote {out}: {feats.shape[1]} features of {len(feats):,} images, {new} chunks computed now"
           + (f"; {len(cache.bad):,} files could not be read and are left out, see bad.csv" if len(cache.bad) else ''))

@@ -90,6 +90,8 @@ def average_precision(y, # Labels, N: 1, 0 or NaN (unknown)
 # %% ../nbs/21_metrics.ipynb #c0407f0b
 def _codes(name, groups, n):
     "Number of the group of each of `n` images, 0, 1, … in order of appearance; None makes each image its own"
+    if isinstance(groups, Tensor):
+        groups = groups.detach().cpu()
     codes = np.arange(n) if groups is None else np.array(pd.factorize(pd.Series(groups, dtype=object) if isinstance(groups, list) else np.asarray(groups))[0])
     if codes.shape!=(n,):
         raise ValueError(f"{name} must name the patient of each of the {n} images; its shape is {codes.shape}")

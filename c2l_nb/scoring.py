@@ -11,7 +11,7 @@ import hashlib, io, math, os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from fastai.basics import default_device
+from .core import choose_device
 from .datasets import label_matrix
 from .cache import to_square
 from .encoder import Prepare, create_encoder
@@ -91,7 +91,7 @@ def ask(
     where, held, patient = np.full(len(pool.rows), -1), {}, patient_of(pool.rows)
     where[at] = np.arange(len(at))
     x = torch.from_numpy(np.stack([to_square(pool.images[i], pool.size) for i in at]))[:, None]
-    feats = extract_features(body, x, default_device(), prepare=prepare)
+    feats = extract_features(body, x, choose_device(), prepare=prepare)
     for name, (labels, a, b) in asked.items():
         y, f, g = label_matrix(pool.rows.iloc[a], labels), feats[where[a]], feats[where[b]]
         held[f'{name}/probe'] = linear_probe(f, y, g, groups=patient[a])[0].numpy()

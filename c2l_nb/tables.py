@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd, torch
 from fastcore.script import call_parse
 from filelock import FileLock
+from .core import one_process
 from .datasets import label_matrix
 from .model import C2LConfig
 from .store import checkpoints, write_atomically
@@ -154,14 +155,22 @@ def _command(table, scale, out, split, take, s):
     if take: own['take'] = '|'.join(take)
     return [sys.executable, '-m', 'c2l_nb.tables', table, *[x for k, v in own.items() for x in (f'--{k}', str(v))]]
 
+def _own_gpu(slot):
+    "Environment of the process in `slot`: one of the GPUs that this process may use, shared where there are fewer than jobs"
+    count = torch.cuda.device_count()
+    if not count:
+        return {}
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    names = visible.split(',') if visible else range(count)
+    return dict(CUDA_VISIBLE_DEVICES=str(names[slot % count]))
+
 def _side_by_side(starts, pool, jobs, command):
     "Each pretraining in a process of its own, `jobs` at a time, each on its GPU"
     todo, running, failed = list(starts), {}, []
     while todo or running:
         for slot in set(range(jobs)) - set(running):
             if not todo: break
-            gpu = dict(CUDA_VISIBLE_DEVICES=str(slot)) if torch.cuda.is_available() else {}
-            running[slot] = subprocess.Popen([*command, '--only', todo.pop(0).key(pool.mark)], env=os.environ | gpu)
+            running[slot] = subprocess.Popen([*command, '--only', todo.pop(0).key(pool.mark)], env=os.environ | _own_gpu(slot))
         time.sleep(.2)
         for slot, p in list(running.items()):
             if p.poll() is None: continue
@@ -243,6 +252,7 @@ def run_table(
     **changes, # of `settings`: data, size, epochs, batch, n_phantoms, seeds, untrained, precision, tune, where, detect
 ) -> dict: # task -> table of `render`, or boxes -> that of `render_boxes`; also in table1-smoke-all-valid.md, .csv
     "Make a table, or what is missing of it. ValueError for bad arguments"
+    one_process('a table')
     s, out = settings(table, scale, **changes), Path(out)
     pool = read_pool(s['data'], s['size'], s['n_phantoms'], s.get('where', ''), out/f"pool-{s['size']}")
     grid = plan(table, pool, s['epochs'], s['batch'], s['seeds'], s['untrained'], take, s['precision'])

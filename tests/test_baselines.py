@@ -1,5 +1,5 @@
 "What C2L is compared with: spoiling, restoring, resuming, and ImageNet weights out of a package."
-import time
+import hashlib, time
 import numpy as np, pytest, torch, torch.nn.functional as F
 import c2l_nb.baselines as module
 from c2l_nb.baselines import GenesisConfig, bend, bezier, blocks, genesis, genesis_learner, imagenet_lite0, maps, pretrain_genesis, shuffle
@@ -7,6 +7,7 @@ from c2l_nb.embed import extract_features
 from c2l_nb.encoder import Prepare, create_encoder
 from c2l_nb.phantom import phantom_batch, seeded
 from c2l_nb.weights import load_backbone
+from stand_in import devices_in_fit, devices_of, operations, other_default
 
 pytestmark = pytest.mark.filterwarnings('ignore:Your generator is empty', 'ignore:.*jit.script')
 
@@ -58,6 +59,50 @@ def test_genesis_spoils_as_often_as_published():
     assert abs(share(paint=.9, outpaint=1.) - .9) < .03 and abs(share(paint=.9, outpaint=0.) - .9*.95) < .03
     c = GenesisConfig(); assert (c.flip, c.shuffle, c.bend, c.paint, c.outpaint) == (.4, .5, .9, .9, .8)
 
+def sha(t): return hashlib.sha256(t.contiguous().numpy().tobytes()).hexdigest()[:16]
+
+def test_draws_on_a_cpu_are_what_they_were():
+    "Digests from before draws could be made on a GPU"
+    ramp = torch.arange(60*40.).view(1, 1, 60, 40).expand(4, 1, 60, 40)
+    assert sha(shuffle(ramp, seeded(7)).short()) == '6c1e49a38215e1b3'
+    assert sha(blocks((4, 60, 40), 1/6, 1/3, seeded(8))) == 'ea3a6bb5aba24d00'
+    assert sha(blocks((4, 60, 40), 3/7, 4/7, seeded(8), always=False)) == 'e5ec2666405fc4a4'
+    y, g = (torch.arange(16*24*20)%97).float().view(16, 1, 24, 20)/97, seeded(9)
+    bad, good = genesis(y, g=g)
+    want = [.55372840, .86422169, .05154639, .70759845, .63219845, .69894511, .90983814, .35605240]
+    assert torch.allclose(bad[:8, 0, 5, 7], torch.tensor(want), atol=1e-6) and sha(good) == '0619bb2734faf8d5'
+    assert torch.rand(1, generator=g).item() == 0.9882112741470337                         # as many numbers were drawn
+    bad, good = genesis(y[:4], GenesisConfig(bend=0.), seeded(3))
+    assert (sha(bad), sha(good)) == ('721048520ddba1b7', 'c6b34301d0b19c10')
+
+def test_a_gpu_draws_what_is_as_large_as_the_images(monkeypatch):
+    "A second generator in place of a GPU's: what is left to the CPU does not grow with the images, and one number seeds the rest"
+    monkeypatch.setattr(module, 'large_generator', lambda g, device: torch.Generator().manual_seed(torch.randint(2**63 - 1, (), generator=g).item()))
+    after = []
+    for side in (16, 48):
+        g = seeded(0)
+        a, b = genesis(torch.rand(8, 1, side, side, generator=seeded(1)), g=g), genesis(torch.rand(8, 1, side, side, generator=seeded(1)), g=seeded(0))
+        assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[0].min() >= 0 and a[0].max() <= 1
+        after.append(torch.rand(1, generator=g).item())
+    assert after[0] == after[1]
+
+def test_trains_on_the_default_device(images, other_default):
+    assert devices_in_fit(genesis_learner(images[:16, 0].numpy(), GenesisConfig(batch_size=8))) == {'meta'}
+    assert devices_in_fit(genesis_learner(images[:16, 0].numpy(), GenesisConfig(batch_size=8), device='meta')) == {'meta'}
+
+def test_the_decoder_is_where_the_body_is():
+    assert devices_of(module.Genesis(create_encoder('resnet18', channels=1).to('meta'))) == {'meta'}
+
+def test_the_device_that_was_asked_for_is_taken(tmp_path, other_default):
+    learn = pretrain_genesis(out=tmp_path/'run', size=16, n_phantoms=20, epochs=1, batch_size=4, device='cpu')
+    assert devices_of(learn.model) == {'cpu'} and learn.model.seen == 3
+
+@pytest.mark.parametrize('bad, words', [(dict(device='gpu'), "device 'gpu' cannot be used here"), ({}, 'in one process, and 2 were started')])
+def test_wrong_device_and_several_processes_are_refused(bad, words, tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '1' if bad else '2')
+    with pytest.raises(ValueError, match=words): pretrain_genesis(out=tmp_path/'run', size=16, n_phantoms=20, **bad)
+    assert not list(tmp_path.iterdir())
+
 def test_maps_leave_no_hook_and_refuse_others():
     body = create_encoder('resnet18', channels=1)
     assert [m.shape[1] for m in maps(body, torch.zeros(2, 1, 32, 32))] == [64, 64, 128, 256, 512]
@@ -71,7 +116,7 @@ def test_densenet_learns_all_its_weights(images):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
     assert model(images[:2]).shape == (2, 1, 32, 32) and model.eval()(images[:2]).shape == (2, 1024)
 
-def test_resumed_equals_uninterrupted(tmp_path, monkeypatch):
+def test_resumed_equals_uninterrupted(tmp_path, monkeypatch, operations):
     "Stopped in its second epoch and taken up, to the bit"
     args = dict(size=16, n_phantoms=20, epochs=3, batch_size=4)
     pretrain_genesis(out=tmp_path/'whole', **args)

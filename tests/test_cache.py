@@ -1,5 +1,5 @@
 "The cache: what is read is kept, once, whole; what is wrong is said; batches are the same whoever gathers them"
-import errno, json, multiprocessing, os, pickle, signal, time, warnings
+import errno, json, multiprocessing, os, pickle, signal, time, tracemalloc, warnings
 from pathlib import Path
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import Learner
@@ -7,10 +7,11 @@ from filelock import FileLock
 from PIL import Image
 from torch import nn
 from c2l_nb import cache, squares
-from c2l_nb.cache import GOOD, PoolDL, RadiographCache, Squares, build_cache, main, pretrain_dls
+from c2l_nb.cache import GOOD, PoolDL, RadiographCache, Squares, build_cache, labelled_dls, main, pretrain_dls
 from c2l_nb.callback import C2LCallback, c2l_opt
 from c2l_nb.squares import load_squares, read_items, read_squares, to_square
 from c2l_nb.labels import DataError
+from stand_in import devices_in_fit, other_default
 
 fork = pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
 N,S = 40,16
@@ -376,6 +377,46 @@ def test_learner_trains_from_a_cache(items, out, workers):
     total = sum(p.double().sum() for p in learn.model.student.parameters()).item()
     found = test_learner_trains_from_a_cache.__dict__.setdefault('found', total)
     assert found==total                                                      # the same to the bit with 0 and 2
+
+# ---- the device
+
+def test_loaders_and_model_are_on_the_default_device(other_default):
+    images = np.zeros((16, 8, 8), np.uint8)
+    body = nn.Sequential(nn.Conv2d(1, 4, 3, 2), nn.BatchNorm2d(4), nn.ReLU())
+    learn = Learner(pretrain_dls(images, bs=8), body, cbs=C2LCallback(size=12, queue_size=24, dim=8))
+    assert devices_in_fit(learn) == {'meta'}
+    labelled = labelled_dls(images, np.zeros((16, 2)), images, np.zeros((16, 2)), bs=8)
+    assert {t.device.type for dl in labelled for batch in dl for t in batch} == {'meta'}
+
+def test_the_device_that_was_asked_for_is_taken(other_default):
+    images = np.zeros((16, 8, 8), np.uint8)
+    for dls in (pretrain_dls(images, bs=8, device='cpu'), labelled_dls(images, np.zeros(16), images, np.zeros(16), device='cpu')):
+        assert dls.device.type == 'cpu' and {t.device.type for batch in dls.train for t in batch} == {'cpu'}
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used here"):
+        pretrain_dls(images, bs=8, device='gpu')
+
+@pytest.mark.parametrize('device, pinned', [('meta', False), ('cuda', True)])
+def test_memory_is_pinned_for_cuda_alone(device, pinned, monkeypatch):
+    monkeypatch.setattr('c2l_nb.cache.choose_device', torch.device)
+    dls = pretrain_dls(np.zeros((16, 8, 8), np.uint8), bs=8, device=device)
+    assert dls.train.pin_memory == pinned and dls.device.type == device
+
+def test_labels_are_of_a_type_that_every_gpu_has():
+    "A Mac's GPU has no float64"
+    images, y = np.zeros((4, 8, 8), np.uint8), np.array([0., 1., np.nan, 1.])
+    (_, found), = labelled_dls(images, y[:, None], images, y[:, None], device='cpu').train
+    assert found.dtype == torch.float32 and np.array_equal(found[:, 0].numpy(), y, equal_nan=True)
+
+def test_pixels_are_copied_once(tmp_path):
+    np.save(tmp_path/'images.npy', np.ones((64, 128, 128), np.uint8))
+    squares = Squares(tmp_path/'images.npy')
+    tracemalloc.start()
+    try:
+        batch = squares[np.arange(0, 64, 2)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert batch.nbytes < peak < 1.5*batch.nbytes and type(batch) is np.ndarray and batch.flags.writeable
 
 # ---- the command
 

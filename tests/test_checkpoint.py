@@ -2,6 +2,7 @@
 import errno, json, os, pickle, random, signal, threading, time, warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np, pandas as pd, pytest, torch
 from fastai.basics import Adam, Callback, DataLoader, DataLoaders, Learner
 from fastai.callback.fp16 import MixedPrecision
@@ -9,15 +10,17 @@ from fastai.callback.schedule import ParamScheduler, combined_cos
 from fastai.callback.training import GradientAccumulation
 from torch import nn
 from c2l_nb import checkpoint, store
-from c2l_nb.cache import pretrain_dls
+from c2l_nb.cache import Squares, pretrain_dls
 from c2l_nb.callback import C2LCallback, C2LLoss, StepDecay, c2l_opt
 from c2l_nb.checkpoint import C2LCheckpoint, resume
 from c2l_nb.health import HealthCallback
 from c2l_nb.store import CheckpointError, load_checkpoint, save_checkpoint
+from stand_in import devices_of, operations, other_default
 from test_payload import Payload
 
 EPOCHS = 4
 IMAGES = np.random.default_rng(0).integers(0, 256, (32, 16, 16), dtype=np.uint8)
+EVERYTHING = dict(jigsaw=2, dropout=.2, grayscale=.2)
 
 @pytest.fixture(autouse=True)
 def one_thread():
@@ -79,6 +82,17 @@ def assert_same_run(a, b):
     assert log(a).epoch.tolist() == list(map(str, range(EPOCHS)))
 
 # ---- the claim
+
+def test_goes_on_with_deterministic_operations(tmp_path):
+    "None of C2L's is refused, jigsaw and dropout among them"
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(InterruptedError): fit(learner('sgd', tmp_path/'cut', die=('raise', 1, 2), steps=1, **EVERYTHING))
+        go_on('sgd', tmp_path/'cut', **EVERYTHING)
+        fit(learner('sgd', tmp_path/'whole', **EVERYTHING))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_same_run(tmp_path/'whole', tmp_path/'cut')
 
 @pytest.mark.parametrize('kind', ['sgd', 'adam'])
 @pytest.mark.parametrize('places', [[(0, 2)], [(2, 0), (2, 3)], [(1, 3), (3, 1)]], ids=str)
@@ -396,6 +410,69 @@ def test_folder_of_an_earlier_run_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match='less'): fit(learn, start, n=3)
     with pytest.warns(UserWarning, match='stretch'): fit(learn, start, n=5)
     assert len(log(tmp_path)) == 5
+
+def on_the_default_device(folder, device=None):
+    return Learner(pretrain_dls(IMAGES, bs=8, device=device), body(), opt_func=c2l_opt, cbs=[C2LCallback(queue_size=20, dim=8), C2LCheckpoint(folder)])
+
+@pytest.mark.filterwarnings('ignore:.*copying from a non-meta')
+def test_resume_on_another_device_is_told_in_one_line(tmp_path, other_default):
+    fit(on_the_default_device(tmp_path, 'cpu'))
+    learn = on_the_default_device(tmp_path)
+    with pytest.warns(UserWarning, match="not to the bit: made_with.device: 'cpu' in the checkpoint, 'meta' here") as told:
+        resume(learn, tmp_path)
+    assert devices_of(learn.model) == {'meta'} == {learn.dls.device.type}
+    lines = [str(w.message) for w in told if 'made_with' in str(w.message)]
+    assert len(lines) == 1 and '\n' not in lines[0]
+
+def test_resume_moves_nothing_where_fastai_moves_nothing(tmp_path, monkeypatch, other_default):
+    "Loaders without a device: fastai leaves model and batches on the CPU"
+    monkeypatch.setattr(checkpoint, 'default_device', lambda: torch.device('meta'), raising=False)
+    def make():
+        learn = on_the_default_device(tmp_path, 'cpu')
+        learn.dls = DataLoaders(*learn.dls.loaders, device=None)
+        learn.dls._device = None
+        return learn
+    fit(make())
+    learn = make()
+    resume(learn, tmp_path)
+    assert devices_of(learn.model) == {'cpu'}
+
+def test_a_checkpoint_says_where_it_was_made(tmp_path, operations):
+    fit(learner('sgd', tmp_path))
+    made = final(tmp_path)[1]['made_with']
+    assert made['device'] == 'cpu' and made['device_name'] == torch.backends.cpu.get_cpu_capability() and made['deterministic'] is operations
+    resume(learner('sgd', tmp_path), tmp_path)
+
+@pytest.mark.filterwarnings('error:the run goes on')
+def test_checkpoints_that_do_not_name_a_device_go_on(tmp_path, monkeypatch):
+    "Written before the device was recorded: no difference is made up"
+    old = checkpoint._made_with
+    monkeypatch.setattr(checkpoint, '_made_with', lambda model: {k: v for k, v in old(model).items() if k not in ('device', 'device_name', 'deterministic')})
+    with pytest.raises(InterruptedError): fit(learner('sgd', tmp_path/'old', die=('raise', 2, 0)))
+    monkeypatch.setattr(checkpoint, '_made_with', old)
+    go_on('sgd', tmp_path/'old')
+    fit(learner('sgd', tmp_path/'new'))
+    assert_same_run(tmp_path/'old', tmp_path/'new')
+
+@pytest.mark.parametrize('name', ['convolutions', 'products'])
+def test_how_a_gpu_computes_is_read_by_old_and_new_torch(name, monkeypatch):
+    "torch 2.9 has names of its own for TF32, and the older ones then raise"
+    gpu = torch.device('cuda')
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'H200')
+    assert checkpoint._where(gpu)[name] in ('none', 'ieee', 'tf32', True, False)
+    assert checkpoint._float32(SimpleNamespace(allow_tf32=False)) is False
+
+def test_goes_on_with_workers_and_squares_on_disk(tmp_path):
+    np.save(tmp_path/'images.npy', IMAGES)
+    def make(folder, **kw):
+        learn = learner('sgd', folder, **kw)
+        learn.dls = pretrain_dls(Squares(tmp_path/'images.npy'), bs=8, device='cpu', workers=2)
+        return learn
+    fit(make(tmp_path/'whole'))
+    with pytest.raises(InterruptedError): fit(make(tmp_path/'cut', die=('raise', 1, 3), steps=1))
+    learn = make(tmp_path/'cut', seed=7)
+    fit(learn, resume(learn, tmp_path/'cut'))
+    assert_same_run(tmp_path/'whole', tmp_path/'cut')
 
 def test_other_versions_are_told(tmp_path, monkeypatch):
     fit(learner('sgd', tmp_path))

@@ -10,6 +10,7 @@ from c2l_nb.detect import BoxDL, BoxPool, Detector, box_augment, detect, load_in
 from c2l_nb.encoder import Prepare, create_encoder
 from c2l_nb.phantom import phantom, write_phantoms
 from c2l_nb.weights import export_backbone
+from stand_in import devices_in_fit, other_default
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*jit.*', 'ignore:lr_scheduler', 'ignore:Mean of empty')
 TINY = dict(size=64, width=32, epochs=2, batch=8, n_phantoms=24)
@@ -176,6 +177,25 @@ def test_index_and_boxes_of_a_larger_original(tmp_path):
     assert np.array_equal(kept[:], images) and again.square.tolist() == rows.square.tolist()
     score = detect(str(index), tmp_path/'out', str(boxes), 128, score_on='test', cache=str(tmp_path/'squares'), **{**TINY, 'epochs': 1})
     assert read_predictions(tmp_path/'out'/'predictions.csv')[0] == rows.patientId[rows.split == 'test'].tolist() and len(score) == 7
+
+# The device
+
+def test_trains_on_the_default_device(other_default):
+    images, rows = phantom_boxes(8, 64)
+    every = np.ones(8, bool)
+    model = Detector(create_encoder('resnet18', 1), 64, width=32)
+    assert devices_in_fit(module.detection_learner(images, rows.boxes, every, every, model, batch=4)) == {'meta'}
+
+def test_the_device_that_was_asked_for_is_taken(run, other_default, tmp_path):
+    "No part of a run asks for fastai's default again, which cannot compute here"
+    found = detect(out=tmp_path/'out', device='cpu', **TINY)
+    pd.testing.assert_frame_equal(found, run[1])
+
+def test_wrong_device_and_several_processes_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="c2l_detect: device 'gpu' cannot be used here"): module.main(out=str(tmp_path/'new'), device='gpu')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(SystemExit, match='c2l_detect: detection runs in one process, and 2 were started'): module.main(out=str(tmp_path/'new'))
+    assert not list(tmp_path.iterdir())
 
 # Bad input: a clear error, no training, no run folder
 

@@ -13,6 +13,7 @@ from c2l_nb.encoder import Prepare, create_encoder
 from c2l_nb.metrics import auroc, patient_counts
 from c2l_nb.phantom import write_phantoms
 from c2l_nb.weights import WeightsError, export_backbone, load_backbone
+from stand_in import devices_of, other_default
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
@@ -317,6 +318,46 @@ def test_command_writes_neighbours_and_a_report(films, done, monkeypatch, capsys
     assert '<circle' not in (films/'out/report.html').read_text()
     args = vars(anno_parser(gallery.main, 'c2l_embed').parse_args(['B.safetensors', 'films', '--others', '--k', '3']))
     assert (args['backbone'], args['images'], args['others'], args['k'], args['out']) == ('B.safetensors', 'films', True, 3, 'c2l_features')
+
+
+def test_features_of_a_folder_are_computed_on_the_default_device(films, done, monkeypatch, other_default):
+    used = []
+    def extract(encoder, x, device, **_):
+        used.append(torch.device(device).type)
+        return torch.rand(len(x), 4)
+    monkeypatch.setattr(gallery, 'extract_features', extract)
+    again(films, 'body1', 'other')
+    again(films, 'body1', 'another', device='cpu')
+    assert set(used[:4]) == {'meta'} and set(used[4:]) == {'cpu'}
+
+
+def test_embed_refuses_wrong_device_and_several_processes(films, done, tmp_path, monkeypatch):
+    command = [str(films/'body0.safetensors'), str(films/'out-cache'), str(tmp_path/'o')]
+    with pytest.raises(SystemExit, match="c2l_embed: device 'gpu' cannot be used here"): gallery.main(*command, device='gpu')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(SystemExit, match='c2l_embed: .* runs in one process, and 2 were started'): gallery.main(*command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_are_computed_where_the_encoder_is_unless_a_device_is_named(net, x, other_default):
+    assert extract_features(net, x).device.type == 'cpu' and devices_of(net) == {'cpu'}
+    with pytest.raises(ValueError, match="device 'gpu' cannot be used here"): extract_features(net, x, 'gpu')
+
+
+class OfAMac(torch.Tensor):
+    "A tensor on a GPU without float64, for those who read it; NumPy cannot"
+    def cpu(self): return self.as_subclass(torch.Tensor)
+    def double(self): raise TypeError("Cannot convert a MPS Tensor to float64")
+    def __array__(self, *_): raise TypeError("can't convert a GPU's tensor to numpy")
+
+
+def test_features_labels_and_patients_may_be_on_a_gpu():
+    f, y = blobs()
+    groups = torch.arange(len(f))//2
+    there = [t.as_subclass(OfAMac) for t in (f, y, groups)]
+    assert torch.equal(knn_predict(there[0].cpu(), there[1], f), knn_predict(f, y, f))
+    assert torch.equal(linear_probe(there[0], there[1], there[0], there[1], l2s=[.1])[0], linear_probe(f, y, f, y, l2s=[.1])[0])
+    assert retrieval_at_1(f, there[2]) == retrieval_at_1(f, groups)
 
 
 def test_nearest_equals_a_loop():

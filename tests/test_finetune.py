@@ -13,6 +13,7 @@ from c2l_nb.finetune import card_size, finetune, plan
 from c2l_nb.metrics import auroc
 from c2l_nb.targets import LabelLoss, Targets, check_fraction, check_split, check_targets, draw_fraction, make_targets
 from c2l_nb.weights import WeightsError, export_backbone
+from stand_in import devices_in_fit, devices_of, other_default
 
 pytestmark = pytest.mark.filterwarnings('ignore:.*jit.*', 'ignore:no positive', 'ignore:no image is labelled', 'ignore:Mean of empty')
 TINY = dict(size=16, epochs=2, batch=32, lr=1e-3, n_boot=20, labels=['Top', 'Left'])
@@ -264,6 +265,35 @@ def test_head_of_another_width_is_left_out_and_said(tmp_path, capsys):
 def test_bad_arguments_leave_no_folder(bad, words, tmp_path):
     with pytest.raises((ValueError, OSError), match=words): finetune(**{**TINY, 'out': tmp_path/'new', **bad})
     assert not (tmp_path/'new').exists()
+
+# The device
+
+def test_trains_on_the_default_device(other_default):
+    x, rows = squares()
+    targets, split = make_targets(rows, ['Top', 'Left'], 'multilabel'), rows.split.values
+    learn = finetune_learner(x, targets, np.flatnonzero(split == 'train'), np.flatnonzero(split == 'valid'), load_body('untrained')[0], size=16)
+    assert devices_in_fit(learn) == {'meta'}
+
+@pytest.mark.parametrize('mode', ['full', 'probe'])
+def test_the_device_that_was_asked_for_is_taken(mode, other_default, tmp_path):
+    "No part of a run asks for fastai's default again, which cannot compute here"
+    scores, _ = finetune(out=tmp_path/'out', mode=mode, device='cpu', **TINY)
+    assert scores.auroc.notna().all()
+
+def test_a_probe_is_computed_on_the_default_device(other_default, tmp_path, monkeypatch):
+    used = []
+    def features_of(model, images, *_):
+        used.append(devices_of(model))
+        return torch.rand(len(images), 4)
+    monkeypatch.setattr(module, 'features_of', features_of)
+    finetune(out=tmp_path/'out', mode='probe', **TINY)
+    assert used == [{'meta'}]
+
+def test_wrong_device_and_several_processes_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match="c2l_finetune: device 'gpu' cannot be used here"): module.main(out=str(tmp_path/'new'), device='gpu')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(SystemExit, match='c2l_finetune: fine-tuning runs in one process, and 2 were started'): module.main(out=str(tmp_path/'new'))
+    assert not list(tmp_path.iterdir())
 
 def test_patients_on_both_sides_are_listed():
     rows = squares()[1]

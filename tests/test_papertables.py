@@ -13,6 +13,7 @@ from c2l_nb.pretrain import _number, choose_config
 from c2l_nb.scoring import tasks
 from c2l_nb.tables import SCALES, TABLES, Start, columns, commands, gpu_hours, make, plan, read_pool, render, run_table, settings, text
 from c2l_nb.weights import export_backbone
+from stand_in import other_default
 
 pytestmark = pytest.mark.filterwarnings('ignore:the queue of', 'ignore:Your generator is empty', 'ignore:.*jit.script', 'ignore:no positive or no negative', 'ignore:no image is labelled')
 LOAD = scoring.load_data
@@ -240,6 +241,30 @@ def test_side_by_side(tmp_path, monkeypatch):
     args = dict(take=['No mixup', 'Bat. Mix.'], **TINY | dict(n_phantoms=320, batch=64))
     a, b = run_table('1', out=tmp_path/'one', **args), run_table('1', out=tmp_path/'two', jobs=2, **args)
     assert len(list(tmp_path.glob('two/pretrained/*/backbone.safetensors'))) == 2 and all(a[k].equals(b[k]) for k in a)
+
+@pytest.mark.parametrize('visible, found', [(None, '0101'), ('2,3', '2323')])
+def test_each_job_has_a_gpu_that_is_there(visible, found, monkeypatch):
+    "More jobs than GPUs share them: a number that does not exist would send a job to the CPU"
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    if visible: monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    else: monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    assert ''.join(module._own_gpu(slot)['CUDA_VISIBLE_DEVICES'] for slot in range(4)) == found
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    assert module._own_gpu(0) == {}
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(ValueError, match='a table runs in one process'): run_table('1', out=tmp_path/'out', **TINY)
+    assert not list(tmp_path.iterdir())
+
+def test_bodies_are_asked_on_the_default_device(pool, monkeypatch, other_default):
+    used = []
+    def extract(body, x, device, **_):
+        used.append(torch.device(device).type)
+        return torch.rand(len(x), 4)
+    monkeypatch.setattr(scoring, 'extract_features', extract)
+    scoring.ask(create_encoder('resnet18', 1), None, pool, tasks(pool.rows, 'valid'))
+    assert used == ['meta']
 
 @pytest.mark.slow
 def test_scores_along_a_run(tmp_path, pool, monkeypatch):

@@ -91,7 +91,7 @@ def bend(
 
 # %% ../nbs/32_baselines.ipynb #7bd0020b
 def _windows(n):
-    "Shares of windows of 1 px, up to 2 px … among all: a window is as likely as it is long, and at most a tenth of n px"
+    "Shares of the windows of 1 px, up to 2 px …: a window is as likely as it is long, and at most a tenth of n px"
     sizes = torch.arange(1., max(1, n//10) + 1)
     return (sizes/sizes.sum()).cumsum(0)[:-1].contiguous()
 
@@ -101,7 +101,7 @@ def _local(n, shape, g, device):
         return torch.rand(shape, generator=g, device=device)
     at = torch.arange(n, device=device)
     window = 1 + torch.searchsorted(_windows(n).to(device), uniform())
-    low, high = (at + window - n).clamp_min(0), torch.minimum(window - 1, at)              # place in it, the window inside the image
+    low, high = (at + window - n).clamp_min(0), torch.minimum(window - 1, at)       # place in it, all of it in the image
     return (uniform()*window).floor().long() - (low + (uniform()*(high - low + 1)).floor().long())
 
 def _sources(shape, g, device):

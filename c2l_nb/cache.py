@@ -167,7 +167,7 @@ class Squares:
 
     def __getitem__(self, i):
         self.announce(i)
-        return np.asarray(self.map).take(self.index[i], axis=0)        # the one copy of the pixels, also for a single position
+        return np.asarray(self.map).take(self.index[i], axis=0)            # the one copy of the pixels
 
 # %% ../nbs/03_cache.ipynb #a461549a
 @patch
@@ -261,7 +261,7 @@ def pretrain_dls(
     images, # `RadiographCache`, or N×S×S uint8: its `images`, or an array in memory
     bs:int=256, # paper, section 4
     seed:int=0, # of the orders
-    device:str|torch.device|None=None, # where batches and the model go, see `choose_device`; None: the GPU where there is one
+    device:str|torch.device|None=None, # where batches and model go, see `choose_device`; None: the GPU where there is one
     workers:int=0, # processes that gather batches; none was fastest beside short steps on a CPU; try 2 for a GPU
     rows=None, # positions or mask of the images to take, as `(cache.rows.split == 'train').values`; None: all
     ids=None, # N integers to give with `images`, as `patient_ids(cache.rows)`; None: positions

@@ -199,8 +199,9 @@ def _where(device):
                  deterministic=torch.are_deterministic_algorithms_enabled())
     if device.type == 'cuda':
         cudnn = torch.backends.cudnn
-        about |= dict(device_name=torch.cuda.get_device_name(device), cudnn=cudnn.version(), cudnn_deterministic=cudnn.deterministic,
-                      cudnn_benchmark=cudnn.benchmark, convolutions=_float32(getattr(cudnn, 'conv', cudnn)),
+        about |= dict(device_name=torch.cuda.get_device_name(device), cudnn=cudnn.version(),
+                      cudnn_deterministic=cudnn.deterministic, cudnn_benchmark=cudnn.benchmark,
+                      convolutions=_float32(getattr(cudnn, 'conv', cudnn)),
                       products=_float32(torch.backends.cuda.matmul))
     return about
 

@@ -102,7 +102,7 @@ def large_generator(
     g:torch.Generator|None, # of the run, on the CPU; None: torch's global ones
     device:torch.device, # where the numbers are needed
 ) -> torch.Generator|None: # `g` itself on a CPU; on a GPU one of the device's
-    "A generator for as many numbers as an image has pixels; one number of `g` seeds a GPU's, which then draws without the CPU."
+    "A generator for draws as large as the images: one number of `g` seeds a GPU's, and the CPU draws no more of them."
     if g is None or g.device.type == device.type:
         return g
     seed = torch.randint(2**63 - 1, (), generator=g).item()
@@ -151,4 +151,4 @@ def one_process(
     "ValueError if `torchrun` or `accelerate launch` started several processes: each of them would do the whole task."
     count = max(ranks()[1], int(os.environ.get('WORLD_SIZE', 1)))
     if count > 1:
-        raise ValueError(f"{task} runs in one process, and {count} were started: give the command without torchrun or accelerate")
+        raise ValueError(f"{task} runs in one process, and {count} were started: leave out torchrun or accelerate launch")

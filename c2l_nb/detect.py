@@ -181,14 +181,16 @@ def detection_learner(images, # N×S×S uint8
                       batch:int=4, # paper, section 4
                       seed:int=0, # of the orders
                       cbs=(), # more callbacks
-                      device:str|torch.device|None=None, # where it trains, see `choose_device`; None: the GPU where there is one
+                      device:str|torch.device|None=None, # where it trains, see `choose_device`; None: a GPU if there is one
                      )->Learner: # `learn.fit(epochs, lr)` trains it
     "A fastai `Learner` for a detector"
-    boxes, at, device = list(boxes), [np.flatnonzero(m) for m in (train, score)], choose_device(device)
-    dls = [BoxDL(BoxPool(images, boxes, a, tfms), bs=batch, shuffle=bool(tfms), drop_last=bool(tfms), indexed=True, device=device)
+    boxes, at = list(boxes), [np.flatnonzero(m) for m in (train, score)]
+    how = dict(bs=batch, indexed=True, device=choose_device(device))
+    dls = [BoxDL(BoxPool(images, boxes, a, tfms), shuffle=bool(tfms), drop_last=bool(tfms), **how)
            for a, tfms in zip(at, (box_augment(), None))]
     dls[0].seed = seed
-    return Learner(DataLoaders(*dls, device=device), model, detection_loss, adamw, wd=.05, wd_bn_bias=True, metrics=BestMap(),
+    dls = DataLoaders(*dls, device=how['device'])
+    return Learner(dls, model, detection_loss, adamw, wd=.05, wd_bn_bias=True, metrics=BestMap(),
                    cbs=[Epoch(), CosineDecay(warmup=.05), GradientClip(1.), ChannelsLast(), *cbs])
 
 @torch.no_grad()

@@ -46,7 +46,7 @@ def _in_order(data):
 # %% ../nbs/22_embed.ipynb #39f201ac
 def extract_features(encoder:nn.Module, # A body: images to B×F or B×F×H×W; or `learn.model` of C2L
                      dl_or_tensor, # Images N×C×H×W, or a DataLoader whose batches start with such
-                     device:str|torch.device|None=None, # Where to run (the encoder is moved there, see `choose_device`); None: where it is
+                     device:str|torch.device|None=None, # Where to run: the encoder is moved there; None: where it is
                      bs:int=256, # Images at a time; of a tensor only
                      prepare=None, # Called on each batch, e.g. `Prepare()` for uint8; default: the batch as it is
                     )->Tensor: # N×F, float32, on the CPU

@@ -237,7 +237,8 @@ def finetune(
     if size is None: size = card_size(inits)
     s = dict(arch=arch, size=size, epochs=epochs, batch=batch, lr=lr, wd=wd, crop=crop, mode=mode, task=task,
              policy=policy, freeze_epochs=freeze_epochs, discriminative=discriminative, precision=precision)
-    return _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, resume, where, cache, n_boot, device)
+    return _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, resume, where, cache, n_boot,
+                     device)
 
 # %% ../nbs/30_finetune.ipynb #1119a3d3
 def _reuse(out, file, first):

@@ -73,7 +73,7 @@ def embed_images(backbone:str|Path, # weights file that `load_backbone` reads
                  arch:str|None=None, # of `create_encoder`; None: the card's, or found by the names of the weights
                  where:str='', # rows of an index CSV, as 'body_part=chest'
                  chunk:int=512, # images a file of features
-                 device:str|torch.device|None=None, # where the network runs, see `choose_device`; None: the GPU where there is one
+                 device:str|torch.device|None=None, # where the network runs, see `choose_device`; None: a GPU if there is one
                  workers:int|None=None, # processes that read files; None: one a processor; 0: none
                  progress:bool=True, # show bars?
                 )->tuple: # features N×F float32; cache of the N images, with `rows` and `bad`; chunks computed now

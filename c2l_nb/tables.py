@@ -156,7 +156,7 @@ def _command(table, scale, out, split, take, s):
     return [sys.executable, '-m', 'c2l_nb.tables', table, *[x for k, v in own.items() for x in (f'--{k}', str(v))]]
 
 def _own_gpu(slot):
-    "Environment of the process in `slot`: one of the GPUs that this process may use, shared where there are fewer than jobs"
+    "Environment of the process in `slot`: one of the GPUs that we may use, shared where there are fewer than jobs"
     count = torch.cuda.device_count()
     if not count:
         return {}
@@ -170,7 +170,8 @@ def _side_by_side(starts, pool, jobs, command):
     while todo or running:
         for slot in set(range(jobs)) - set(running):
             if not todo: break
-            running[slot] = subprocess.Popen([*command, '--only', todo.pop(0).key(pool.mark)], env=os.environ | _own_gpu(slot))
+            own = [*command, '--only', todo.pop(0).key(pool.mark)]
+            running[slot] = subprocess.Popen(own, env=os.environ | _own_gpu(slot))
         time.sleep(.2)
         for slot, p in list(running.items()):
             if p.poll() is None: continue

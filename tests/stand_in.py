@@ -1,4 +1,7 @@
-"What the tests of several notebooks share: a device that is not the CPU, for machines without a GPU: `meta`, whose tensors have a device and a shape, and no data."
+"""What the tests of several notebooks share.
+
+Above all a device that is not the CPU, for machines without a GPU: `meta`, whose tensors have a device and a shape, and no data.
+"""
 from itertools import chain
 import pytest, torch
 from fastai.basics import Callback, CancelFitException

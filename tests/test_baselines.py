@@ -76,19 +76,22 @@ def test_draws_on_a_cpu_are_what_they_were():
     assert (sha(bad), sha(good)) == ('721048520ddba1b7', 'c6b34301d0b19c10')
 
 def test_a_gpu_draws_what_is_as_large_as_the_images(monkeypatch):
-    "A second generator in place of a GPU's: what is left to the CPU does not grow with the images, and one number seeds the rest"
-    monkeypatch.setattr(module, 'large_generator', lambda g, device: torch.Generator().manual_seed(torch.randint(2**63 - 1, (), generator=g).item()))
+    "A second generator in place of a GPU's: what is left to the CPU does not grow with the images, one number seeds the rest"
+    def second(g, device):
+        return torch.Generator().manual_seed(torch.randint(2**63 - 1, (), generator=g).item())
+    monkeypatch.setattr(module, 'large_generator', second)
     after = []
     for side in (16, 48):
-        g = seeded(0)
-        a, b = genesis(torch.rand(8, 1, side, side, generator=seeded(1)), g=g), genesis(torch.rand(8, 1, side, side, generator=seeded(1)), g=seeded(0))
+        g, y = seeded(0), torch.rand(8, 1, side, side, generator=seeded(1))
+        a, b = genesis(y, g=g), genesis(y, g=seeded(0))
         assert torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[0].min() >= 0 and a[0].max() <= 1
         after.append(torch.rand(1, generator=g).item())
     assert after[0] == after[1]
 
 def test_trains_on_the_default_device(images, other_default):
-    assert devices_in_fit(genesis_learner(images[:16, 0].numpy(), GenesisConfig(batch_size=8))) == {'meta'}
-    assert devices_in_fit(genesis_learner(images[:16, 0].numpy(), GenesisConfig(batch_size=8), device='meta')) == {'meta'}
+    for chosen in ({}, dict(device='meta')):
+        learn = genesis_learner(images[:16, 0].numpy(), GenesisConfig(batch_size=8), **chosen)
+        assert devices_in_fit(learn) == {'meta'}
 
 def test_the_decoder_is_where_the_body_is():
     assert devices_of(module.Genesis(create_encoder('resnet18', channels=1).to('meta'))) == {'meta'}
@@ -97,7 +100,8 @@ def test_the_device_that_was_asked_for_is_taken(tmp_path, other_default):
     learn = pretrain_genesis(out=tmp_path/'run', size=16, n_phantoms=20, epochs=1, batch_size=4, device='cpu')
     assert devices_of(learn.model) == {'cpu'} and learn.model.seen == 3
 
-@pytest.mark.parametrize('bad, words', [(dict(device='gpu'), "device 'gpu' cannot be used here"), ({}, 'in one process, and 2 were started')])
+@pytest.mark.parametrize('bad, words', [
+    (dict(device='gpu'), "device 'gpu' cannot be used here"), ({}, 'in one process, and 2 were started')])
 def test_wrong_device_and_several_processes_are_refused(bad, words, tmp_path, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '1' if bad else '2')
     with pytest.raises(ValueError, match=words): pretrain_genesis(out=tmp_path/'run', size=16, n_phantoms=20, **bad)

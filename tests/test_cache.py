@@ -390,7 +390,8 @@ def test_loaders_and_model_are_on_the_default_device(other_default):
 
 def test_the_device_that_was_asked_for_is_taken(other_default):
     images = np.zeros((16, 8, 8), np.uint8)
-    for dls in (pretrain_dls(images, bs=8, device='cpu'), labelled_dls(images, np.zeros(16), images, np.zeros(16), device='cpu')):
+    labelled = labelled_dls(images, np.zeros(16), images, np.zeros(16), device='cpu')
+    for dls in (pretrain_dls(images, bs=8, device='cpu'), labelled):
         assert dls.device.type == 'cpu' and {t.device.type for batch in dls.train for t in batch} == {'cpu'}
     with pytest.raises(ValueError, match="device 'gpu' cannot be used here"):
         pretrain_dls(images, bs=8, device='gpu')

@@ -87,7 +87,8 @@ def test_goes_on_with_deterministic_operations(tmp_path):
     "None of C2L's is refused, jigsaw and dropout among them"
     torch.use_deterministic_algorithms(True)
     try:
-        with pytest.raises(InterruptedError): fit(learner('sgd', tmp_path/'cut', die=('raise', 1, 2), steps=1, **EVERYTHING))
+        dying = learner('sgd', tmp_path/'cut', die=('raise', 1, 2), steps=1, **EVERYTHING)
+        with pytest.raises(InterruptedError): fit(dying)
         go_on('sgd', tmp_path/'cut', **EVERYTHING)
         fit(learner('sgd', tmp_path/'whole', **EVERYTHING))
     finally:
@@ -412,13 +413,14 @@ def test_folder_of_an_earlier_run_is_refused(tmp_path):
     assert len(log(tmp_path)) == 5
 
 def on_the_default_device(folder, device=None):
-    return Learner(pretrain_dls(IMAGES, bs=8, device=device), body(), opt_func=c2l_opt, cbs=[C2LCallback(queue_size=20, dim=8), C2LCheckpoint(folder)])
+    cbs = [C2LCallback(queue_size=20, dim=8), C2LCheckpoint(folder)]
+    return Learner(pretrain_dls(IMAGES, bs=8, device=device), body(), opt_func=c2l_opt, cbs=cbs)
 
 @pytest.mark.filterwarnings('ignore:.*copying from a non-meta')
 def test_resume_on_another_device_is_told_in_one_line(tmp_path, other_default):
     fit(on_the_default_device(tmp_path, 'cpu'))
     learn = on_the_default_device(tmp_path)
-    with pytest.warns(UserWarning, match="not to the bit: made_with.device: 'cpu' in the checkpoint, 'meta' here") as told:
+    with pytest.warns(UserWarning, match="to the bit: made_with.device: 'cpu' in the checkpoint, 'meta' here") as told:
         resume(learn, tmp_path)
     assert devices_of(learn.model) == {'meta'} == {learn.dls.device.type}
     lines = [str(w.message) for w in told if 'made_with' in str(w.message)]
@@ -440,16 +442,19 @@ def test_resume_moves_nothing_where_fastai_moves_nothing(tmp_path, monkeypatch, 
 def test_a_checkpoint_says_where_it_was_made(tmp_path, operations):
     fit(learner('sgd', tmp_path))
     made = final(tmp_path)[1]['made_with']
-    assert made['device'] == 'cpu' and made['device_name'] == torch.backends.cpu.get_cpu_capability() and made['deterministic'] is operations
+    assert (made['device'], made['deterministic']) == ('cpu', operations)
+    assert made['device_name'] == torch.backends.cpu.get_cpu_capability()
     resume(learner('sgd', tmp_path), tmp_path)
 
 @pytest.mark.filterwarnings('error:the run goes on')
 def test_checkpoints_that_do_not_name_a_device_go_on(tmp_path, monkeypatch):
     "Written before the device was recorded: no difference is made up"
-    old = checkpoint._made_with
-    monkeypatch.setattr(checkpoint, '_made_with', lambda model: {k: v for k, v in old(model).items() if k not in ('device', 'device_name', 'deterministic')})
+    now = checkpoint._made_with
+    def before(model):
+        return {k: v for k, v in now(model).items() if k not in ('device', 'device_name', 'deterministic')}
+    monkeypatch.setattr(checkpoint, '_made_with', before)
     with pytest.raises(InterruptedError): fit(learner('sgd', tmp_path/'old', die=('raise', 2, 0)))
-    monkeypatch.setattr(checkpoint, '_made_with', old)
+    monkeypatch.setattr(checkpoint, '_made_with', now)
     go_on('sgd', tmp_path/'old')
     fit(learner('sgd', tmp_path/'new'))
     assert_same_run(tmp_path/'old', tmp_path/'new')

@@ -192,9 +192,12 @@ def test_the_device_that_was_asked_for_is_taken(run, other_default, tmp_path):
     pd.testing.assert_frame_equal(found, run[1])
 
 def test_wrong_device_and_several_processes_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="c2l_detect: device 'gpu' cannot be used here"): module.main(out=str(tmp_path/'new'), device='gpu')
+    out = str(tmp_path/'new')
+    with pytest.raises(SystemExit, match="c2l_detect: device 'gpu' cannot be used here"):
+        module.main(out=out, device='gpu')
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(SystemExit, match='c2l_detect: detection runs in one process, and 2 were started'): module.main(out=str(tmp_path/'new'))
+    with pytest.raises(SystemExit, match='c2l_detect: detection runs in one process, and 2 were started'):
+        module.main(out=out)
     assert not list(tmp_path.iterdir())
 
 # Bad input: a clear error, no training, no run folder

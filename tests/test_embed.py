@@ -333,9 +333,11 @@ def test_features_of_a_folder_are_computed_on_the_default_device(films, done, mo
 
 def test_embed_refuses_wrong_device_and_several_processes(films, done, tmp_path, monkeypatch):
     command = [str(films/'body0.safetensors'), str(films/'out-cache'), str(tmp_path/'o')]
-    with pytest.raises(SystemExit, match="c2l_embed: device 'gpu' cannot be used here"): gallery.main(*command, device='gpu')
+    with pytest.raises(SystemExit, match="c2l_embed: device 'gpu' cannot be used here"):
+        gallery.main(*command, device='gpu')
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(SystemExit, match='c2l_embed: .* runs in one process, and 2 were started'): gallery.main(*command)
+    with pytest.raises(SystemExit, match='c2l_embed: .* runs in one process, and 2 were started'):
+        gallery.main(*command)
     assert not list(tmp_path.iterdir())
 
 
@@ -356,7 +358,8 @@ def test_features_labels_and_patients_may_be_on_a_gpu():
     groups = torch.arange(len(f))//2
     there = [t.as_subclass(OfAMac) for t in (f, y, groups)]
     assert torch.equal(knn_predict(there[0].cpu(), there[1], f), knn_predict(f, y, f))
-    assert torch.equal(linear_probe(there[0], there[1], there[0], there[1], l2s=[.1])[0], linear_probe(f, y, f, y, l2s=[.1])[0])
+    probe = linear_probe(f, y, f, y, l2s=[.1])[0]
+    assert torch.equal(linear_probe(there[0], there[1], there[0], there[1], l2s=[.1])[0], probe)
     assert retrieval_at_1(f, there[2]) == retrieval_at_1(f, groups)
 
 

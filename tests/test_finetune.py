@@ -271,7 +271,8 @@ def test_bad_arguments_leave_no_folder(bad, words, tmp_path):
 def test_trains_on_the_default_device(other_default):
     x, rows = squares()
     targets, split = make_targets(rows, ['Top', 'Left'], 'multilabel'), rows.split.values
-    learn = finetune_learner(x, targets, np.flatnonzero(split == 'train'), np.flatnonzero(split == 'valid'), load_body('untrained')[0], size=16)
+    train, valid = (np.flatnonzero(split == part) for part in ('train', 'valid'))
+    learn = finetune_learner(x, targets, train, valid, load_body('untrained')[0], size=16)
     assert devices_in_fit(learn) == {'meta'}
 
 @pytest.mark.parametrize('mode', ['full', 'probe'])
@@ -290,9 +291,12 @@ def test_a_probe_is_computed_on_the_default_device(other_default, tmp_path, monk
     assert used == [{'meta'}]
 
 def test_wrong_device_and_several_processes_are_refused(tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="c2l_finetune: device 'gpu' cannot be used here"): module.main(out=str(tmp_path/'new'), device='gpu')
+    out = str(tmp_path/'new')
+    with pytest.raises(SystemExit, match="c2l_finetune: device 'gpu' cannot be used here"):
+        module.main(out=out, device='gpu')
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with pytest.raises(SystemExit, match='c2l_finetune: fine-tuning runs in one process, and 2 were started'): module.main(out=str(tmp_path/'new'))
+    with pytest.raises(SystemExit, match='c2l_finetune: fine-tuning runs in one process, and 2 were started'):
+        module.main(out=out)
     assert not list(tmp_path.iterdir())
 
 def test_patients_on_both_sides_are_listed():

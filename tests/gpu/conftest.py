@@ -8,6 +8,8 @@ import pytest
 import torch
 
 NAME = os.environ.get('C2L_TEST_DEVICE', 'cuda')
+if NAME == 'cpu':
+    os.environ['CUDA_VISIBLE_DEVICES'] = ''                  # no test names a device: the library shall find none but the CPU
 
 
 class Size(NamedTuple):

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings('ignore')]
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 FULL_RUN = '--size 64 --epochs 4 --batch 32 --phantoms 256 --minutes 0.0001'.split()        # 16 steps, a checkpoint after each
-TOY_RUN = '--size 32 --epochs 3 --batch 4 --phantoms 24 --set queue_size=48'.split()       # 9 steps, a checkpoint an epoch
+TOY_RUN = '--arch tiny --size 32 --epochs 3 --batch 4 --phantoms 24 --set queue_size=48'.split()   # 9 steps, a checkpoint an epoch
 SECONDS = dict(cuda=100, cpu=300)                                                           # that a process may take
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ('fastai fastcore fasttransform fastprogress fastdownload plum-dispatch beartype rich markdown-it-py mdurl pygments cloudpickle '
-         'umap-learn pynndescent pydicom accelerate').split()
+         'umap-learn pynndescent pydicom').split()
 PLATFORMS = 'manylinux2014_x86_64', 'manylinux_2_17_x86_64', 'manylinux_2_28_x86_64'
 MOST = 45_000_000             # bytes of the bundle
 

@@ -3,11 +3,14 @@
 They run on the GPU, and are skipped where there is none. `C2L_TEST_DEVICE=cpu` rehearses them on a CPU at toy size.
 """
 import os
+import signal
 from typing import NamedTuple
 import pytest
 import torch
 
 NAME = os.environ.get('C2L_TEST_DEVICE', 'cuda')
+if 'C2L_TEST_DEVICE' in os.environ:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)   # who ends this run early still gets pytest's report
 if NAME == 'cpu':
     os.environ['CUDA_VISIBLE_DEVICES'] = ''                  # no test names a device: the library shall find none but the CPU
 

@@ -30,7 +30,7 @@ export PYTHONDONTWRITEBYTECODE=1 NUMBA_CACHE_DIR="$site/numba"
 [ "$device" != cpu ] || export CUDA_VISIBLE_DEVICES=
 {
     if compgen -G "$bundle/wheels/*.whl" > /dev/null; then
-        python3 -m pip install -q --no-index --no-deps --no-compile --target "$site/packages" "$bundle"/wheels/*.whl
+        python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site/packages" "$bundle"/wheels/*.whl
         PYTHONPATH="$site/packages:$PYTHONPATH"
     fi
     pool=()
@@ -39,7 +39,7 @@ export PYTHONDONTWRITEBYTECODE=1 NUMBA_CACHE_DIR="$site/numba"
 
     echo "== tests"
     cap=$(left); [ "$cap" -lt 180 ] || cap=180
-    timeout -k 5 "$cap" python3 -m pytest -q -p no:cacheprovider -rfEs --durations=15 -o addopts= -o junit_logging=all \
+    timeout -k 5 "$cap" python3 -m pytest -v -p no:cacheprovider -rfEs --durations=15 -o addopts= -o junit_logging=all \
         --junitxml="$out/tests.xml" tests/gpu
     echo "== benchmarks, $(left) s left"
     cap=$(left); [ "$cap" -lt 120 ] || cap=120

@@ -37,6 +37,7 @@ class Setting(NamedTuple):
     queue: int = 32768
     kept: int = 4096            # images in the cache on disk
     matrix: int = 8192          # side of the matrices that show the device's peak
+    archs: tuple = ('resnet18', 'densenet121')
 
 
 class GpuBench(Bench):
@@ -215,13 +216,14 @@ def passes(b, arch, precision):
 
 
 def released(b, precision):
-    ours, theirs = Step(b.s, 'resnet18', precision), Released(b.s, precision)
-    name = f'images/s of the step ÷ those of the released step: resnet18, {precision}'
+    ours, theirs = Step(b.s, b.s.archs[0], precision), Released(b.s, precision)
+    name = f'images/s of the step ÷ those of the released step: {b.s.archs[0]}, {precision}'
     b.ratio(name, theirs.step, ours.step, '>= 1.5', images=b.s.batch)
 
 
-def shares(b, arch='resnet18', precision='bf16'):
+def shares(b, precision='bf16'):
     "Share of time by part, each waited for"
+    arch = b.s.archs[0]
     stages = Step(b.s, arch, precision).stages()
     times = {name: [] for name in stages}
     for _ in range(b.pairs + 1):
@@ -233,8 +235,8 @@ def shares(b, arch='resnet18', precision='bf16'):
 
 
 def augmentation(b):
-    step = Step(b.s, 'resnet18', 'bf16')
-    b.ratio('two views of a batch ÷ a step: resnet18, bf16', step.views, step.step, '<= 0.1', images=b.s.batch)
+    step = Step(b.s, b.s.archs[0], 'bf16')
+    b.ratio(f'two views of a batch ÷ a step: {b.s.archs[0]}, bf16', step.views, step.step, '<= 0.1', images=b.s.batch)
 
 
 def queue_loss(b):
@@ -276,10 +278,10 @@ def on_disk(s, folder):
 
 def loader(b):
     "Steps that are fed from a cache on disk ÷ steps on a batch that lies on the device"
-    step = Step(b.s, 'resnet18', 'bf16')
+    step = Step(b.s, b.s.archs[0], 'bf16')
     with tempfile.TemporaryDirectory() as folder:
         images = on_disk(b.s, folder)
-        for workers in (0, 2, 4)[:b.pairs]:
+        for workers in (0, 2, 4) if b.s.device.type == 'cuda' else (0,):
             dls = pretrain_dls(images, b.s.batch, workers=workers)
 
             def fed():
@@ -312,9 +314,10 @@ class Clock(Callback):
         return self.at - before
 
 
-def command(b, arch='resnet18', precision='bf16', workers=4):
+def command(b, arch, precision='bf16'):
     "What `c2l_pretrain` does, data from a cache on disk; the first epoch is not counted"
     with tempfile.TemporaryDirectory() as folder:
+        workers = 4 if b.s.device.type == 'cuda' else 0
         dls = pretrain_dls(on_disk(b.s, folder), b.s.batch, workers=workers)
         clock, config = Clock(b.wait), C2LConfig.paper(size=b.s.side, queue_size=b.s.queue)
         cbs = [C2LCallback(config), HealthCallback(samples=1), CollapseGuard(), ChannelsLast(), StepDecay(), Precision(precision), clock]
@@ -332,30 +335,30 @@ def command(b, arch='resnet18', precision='bf16', workers=4):
 def settings(b):
     "What torch's switches give"
     for precision, module, switch in (('bf16', torch.backends.cudnn, 'benchmark'), ('fp32', torch.backends.cudnn, 'allow_tf32')):
-        step, before = Step(b.s, 'resnet18', precision), getattr(module, switch)
+        step, before = Step(b.s, b.s.archs[0], precision), getattr(module, switch)
         times = {}
         for value in (False, True):
             setattr(module, switch, value)
             step.step()
             times[value] = statistics.median(b.seconds(step.step) for _ in range(b.pairs))
         setattr(module, switch, before)
-        b.fact(f'step without cudnn.{switch} ÷ with it: resnet18, {precision}', times[False]/times[True])
+        b.fact(f'step without cudnn.{switch} ÷ with it: {b.s.archs[0]}, {precision}', times[False]/times[True])
 
 
 def compiled(b):
     "torch.compile of both networks"
-    plain, fast = Step(b.s, 'resnet18', 'bf16'), Step(b.s, 'resnet18', 'bf16')
+    plain, fast = Step(b.s, b.s.archs[0], 'bf16'), Step(b.s, b.s.archs[0], 'bf16')
     fast.model.student.backbone.compile()
     fast.model.teacher.module.backbone.compile()
     b.fact('first compiled step', b.seconds(fast.step), 's')
-    b.ratio('step ÷ the same under torch.compile: resnet18, bf16', plain.step, fast.step, '>= 1', images=b.s.batch)
+    b.ratio(f'step ÷ the same under torch.compile: {b.s.archs[0]}, bf16', plain.step, fast.step, '>= 1', images=b.s.batch)
 
 
 def parts(archs):
     "Name -> part and the seconds that it may need, the most valuable first"
     call = functools.partial
     first, *others = archs
-    found = {'peak': (peak, 3), f'passes {first} bf16': (call(passes, arch=first, precision='bf16'), 5), 'command': (command, 8),
+    found = {'peak': (peak, 3), f'passes {first} bf16': (call(passes, arch=first, precision='bf16'), 5), 'command': (call(command, arch=first), 8),
              'released bf16': (call(released, precision='bf16'), 5), 'shares': (shares, 3), 'loader': (loader, 8),
              'queue_loss': (queue_loss, 3), 'augmentation': (augmentation, 3)}
     for arch in others:
@@ -378,8 +381,8 @@ if __name__ == '__main__':
     args = p.parse_args()
     device = choose_device(args.device)
     toy = device.type == 'cpu'
-    s = Setting(device, 4, 32, 64, 16, 128) if toy else Setting(device)
-    known = parts(['resnet18'] if toy else ['resnet18', 'densenet121'])
+    s = Setting(device, 4, 32, 64, 16, 128, ('tiny',)) if toy else Setting(device)
+    known = parts(s.archs)
     if toy:
         del known['compiled']                              # takes a CPU half a minute and says nothing
     bench = GpuBench(s, args.save, args.seconds, args.pairs or (1 if toy else 7))

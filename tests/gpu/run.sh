@@ -7,7 +7,7 @@
 # `bash tests/gpu/aside.sh COMMAND …` (or `aside.sh out`, then `aside.sh back`).
 # Three processes: tests (180 s at most), benchmarks (120 s), experiment (the rest of --limit). DIR gets at most eight files, each below
 # 16 MB, written as soon as they are known: log.txt tests.xml bench.json run.json scores.npz c2l.safetensors.0 c2l.safetensors.1.
-# --device cpu rehearses everything at toy size. The exit status is 0 if all three wrote something.
+# --device cpu rehearses everything at toy size; half, a quarter and a quarter of --limit are the caps then. The exit status is 0 if all three wrote something.
 set -uo pipefail
 limit=480 device=cuda bundle=.bundle out=
 while [ $# -gt 0 ]; do
@@ -23,7 +23,10 @@ out=$(realpath "$out")
 cd "$(dirname "$0")/../.."
 site=$(mktemp -d)
 trap 'rm -rf "$site"' EXIT
+caps=(180 120)
+[ "$device" != cpu ] || caps=($((limit/2)) $((limit/4)))
 left() { echo $((limit - $(date +%s) + began)); }
+least() { echo $(($1 < $(left) ? $1 : $(left))); }
 
 export PYTHONUNBUFFERED=1 MPLBACKEND=agg C2L_TEST_DEVICE=$device PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONDONTWRITEBYTECODE=1 NUMBA_CACHE_DIR="$site/numba"
@@ -38,11 +41,11 @@ export PYTHONDONTWRITEBYTECODE=1 NUMBA_CACHE_DIR="$site/numba"
     python3 -c 'import torch, c2l_nb; print("torch", torch.__version__, "CUDA", torch.cuda.is_available())'
 
     echo "== tests"
-    cap=$(left); [ "$cap" -lt 180 ] || cap=180
+    cap=$(least "${caps[0]}")
     timeout -k 5 "$cap" python3 -m pytest -v -p no:cacheprovider -rfEs --durations=15 -o addopts= -o junit_logging=all \
         --junitxml="$out/tests.xml" tests/gpu
     echo "== benchmarks, $(left) s left"
-    cap=$(left); [ "$cap" -lt 120 ] || cap=120
+    cap=$(least "${caps[1]}")
     timeout -k 5 "$cap" python3 -W ignore tests/bench_gpu.py --device "$device" --seconds $((cap - 5)) --save "$out/bench.json"
     echo "== experiment, $(left) s left"
     cap=$(left)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastai.basics import Callback, Learner
 from fastai.callback.channelslast import ChannelsLast
+from fastcore.basics import noop
 from torch.utils.flop_counter import FlopCounterMode
 import bench_step
 from benchmarks import Bench, machine
@@ -322,7 +323,7 @@ def command(b, arch, precision='bf16'):
         clock, config = Clock(b.wait), C2LConfig.paper(size=b.s.side, queue_size=b.s.queue)
         cbs = [C2LCallback(config), HealthCallback(samples=1), CollapseGuard(), ChannelsLast(), StepDecay(), Precision(precision), clock]
         learn = Learner(dls, create_encoder(arch, channels=1), opt_func=c2l_opt, cbs=cbs, path=folder)
-        learn.logger = lambda *values: None
+        learn.logger = noop
         with learn.no_bar():
             learn.fit(3, .03)
         rate = len(dls.train)*b.s.batch/min(clock.times[1:])

@@ -3,6 +3,7 @@ import functools
 import torch
 from torch import nn
 from fastai.basics import Callback, Learner
+from fastcore.basics import noop
 from c2l_nb.cache import pretrain_dls
 from c2l_nb.callback import C2LCallback, c2l_opt
 from c2l_nb.encoder import create_encoder
@@ -36,7 +37,7 @@ def make_learner(images, bs, *cbs, body=None, arch='resnet18', device=None, **co
     dls = pretrain_dls(images, bs, device=device)
     learn = Learner(dls, body, opt_func=c2l_opt, cbs=[C2LCallback(C2LConfig(temperature=TEMPERATURE, **config)), *cbs])
     learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
-    learn.logger = lambda *values: None
+    learn.logger = noop
     return learn
 
 

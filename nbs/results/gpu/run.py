@@ -15,6 +15,7 @@ import pandas as pd
 import torch
 from fastai.basics import Callback, Learner
 from fastai.callback.channelslast import ChannelsLast
+from fastcore.basics import noop
 from PIL import Image
 import c2l_nb
 from c2l_nb.cache import pretrain_dls
@@ -101,7 +102,7 @@ def make_learner(pool, method, seed, epochs, s):
         cbs.append(Precision(s['precision']))
     dls = pretrain_dls(pool.images, config.batch_size, seed, device=s['device'], rows=train)
     learn = Learner(dls, untrained(seed, s), opt_func=c2l_opt, wd=config.wd, lr=config.lr, cbs=cbs)
-    learn.logger = lambda *values: None
+    learn.logger = noop
     return learn, config
 
 

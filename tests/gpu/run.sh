@@ -29,7 +29,7 @@ left() { echo $((limit - $(date +%s) + began)); }
 least() { echo $(($1 < $(left) ? $1 : $(left))); }
 
 export PYTHONUNBUFFERED=1 MPLBACKEND=agg C2L_TEST_DEVICE=$device PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
-export PYTHONDONTWRITEBYTECODE=1 NUMBA_CACHE_DIR="$site/numba"
+export NUMBA_CACHE_DIR="$site/numba"
 [ "$device" != cpu ] || export CUDA_VISIBLE_DEVICES=
 {
     if compgen -G "$bundle/wheels/*.whl" > /dev/null; then
@@ -38,7 +38,7 @@ export PYTHONDONTWRITEBYTECODE=1 NUMBA_CACHE_DIR="$site/numba"
     fi
     pool=()
     if [ -f "$bundle/pool/pool.csv" ]; then pool=(--pool "$bundle/pool"); fi
-    python3 -c 'import torch, c2l_nb; print("torch", torch.__version__, "CUDA", torch.cuda.is_available())'
+    nvidia-smi -L 2> /dev/null || echo "no GPU"
 
     echo "== tests"
     cap=$(least "${caps[0]}")

@@ -110,7 +110,7 @@ class C2LCallback(Callback):
         "(x1, x2, lam, perm) of images as the `dls` gives them: its `Normalize`, if any, is undone before and redone after"
         x, model = x.as_subclass(Tensor), get_model(self.model)
         augment = self._augmentation(model, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):   # which fastai's MixedPrecision has entered; it is for networks
+        with torch.autocast(x.device.type, enabled=False):   # fastai's MixedPrecision has entered it
             if self.norm is None:
                 return model.views(x, augment)
             mean, std = (t.to(x.device, non_blocking=True).as_subclass(Tensor) for t in (self.norm.mean, self.norm.std))
@@ -163,8 +163,8 @@ class C2LCallback(Callback):
         "Say how many batches' keys were not finite"
         now = int(get_model(self.model).refused) - self.refused_before
         if now:
-            warnings.warn(f"keys of {now} of {self.n_iter} batches were not finite and did not enter the queue: lower the learning rate, "
-                          "or train with more precision")
+            warnings.warn(f"keys of {now} of {self.n_iter} batches were not finite and did not enter the queue: "
+                          "lower the learning rate, or train with more precision")
 
     @property
     def learn(self): return self._learn
@@ -180,8 +180,9 @@ class C2LCallback(Callback):
 def _refuse_compiled(model):
     "ValueError for a C2L that torch.compile has wrapped"
     if isinstance(getattr(model, '_orig_mod', None), C2L):
-        raise ValueError("learn.model was wrapped by torch.compile, which hides student, teacher and queue from callbacks: compile it in place, "
-                         "learn.model.compile(), or the body alone, Learner(dls, torch.compile(body), …)")
+        raise ValueError("learn.model was wrapped by torch.compile, which hides student, teacher and queue from "
+                         "callbacks: compile it in place, learn.model.compile(), or the body alone, "
+                         "Learner(dls, torch.compile(body), …)")
 
 @patch
 def _check_precision(self:C2LCallback):
@@ -191,8 +192,9 @@ def _check_precision(self:C2LCallback):
         model.amp_dtype = None
     device = next(model.parameters()).device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        warnings.warn("autocast is on before the fit begins: an interrupted fit with fastai's MixedPrecision leaves it on, and then everything in this process "
-                      "runs in half precision. Restart the process; c2l_nb.callback.Precision does not leave it on")
+        warnings.warn("autocast is on before the fit begins: an interrupted fit with fastai's MixedPrecision leaves it "
+                      "on, and then everything in this process runs in half precision. Restart the process; "
+                      "c2l_nb.callback.Precision does not leave it on")
 
 # %% ../nbs/20_callback.ipynb #1c2ed534
 @patch
@@ -262,7 +264,7 @@ def _take_off(model):
         model.forward = half.forward
 
 class Precision(MixedPrecision):
-    "Half precision on any device, for C2L and for other models; `learn.scaler` is the gradient scaler, active for fp16."
+    "Half precision on any device, for C2L and other models; `learn.scaler` is the gradient scaler, active for fp16."
     def before_fit(self):
         "C2L knows what to do with a type; the forward of another model is put under autocast, batch by batch"
         model, dtype = get_model(self.model), DTYPES[self.amp_mode.value]
@@ -278,7 +280,7 @@ class Precision(MixedPrecision):
 
     def before_batch(self):
         if self.wrapper:
-            torch.clear_autocast_cache()                     # casts of older weights, if an interrupted fit left autocast entered
+            torch.clear_autocast_cache()                     # as `C2L.forward` does
             self.wrapper.model.forward = self.wrapper
 
     def after_pred(self):

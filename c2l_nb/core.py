@@ -118,7 +118,7 @@ def gather(
 _waiting = {}                                                # default group -> the group of `_waiting_group`
 
 def _waiting_group():
-    "The same processes, talking over the CPU, where one may let the others wait for a week: with NCCL they give up after ten minutes"
+    "The same processes, over the CPU: one may let the others wait for a week there, with NCCL for ten minutes"
     world = dist.group.WORLD
     if world not in _waiting:
         _waiting.clear()

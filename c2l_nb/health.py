@@ -103,11 +103,11 @@ class CollapseGuard(Callback):
     def __init__(self,
         min_std:float=.02, # spread below this is collapse; a fresh ResNet-18 has about .1, a run of thousands of steps should end above .5
         grace:int=2, # epochs before spread is judged
-        refusals:int=24, # steps in a row that a gradient scaler may refuse (fp16); its scale has then fallen from 2^16 to 2^-8
+        refusals:int=24, # steps in a row that a gradient scaler (fp16) may refuse: its scale is then 2^-24 of what it was
     ):
         self.min_std, self.grace, self.refusals = min_std, grace, refusals
         self.reason = ''
-        self.in_a_row, self.skipped = 0, False
+        self.in_a_row, self.skipped = 0, False               # steps that were refused; the one now?
 
     def before_fit(self):
         self.in_a_row, self.skipped = 0, False
@@ -119,12 +119,12 @@ class CollapseGuard(Callback):
         raise CancelFitException()
 
     def _scaled(self):
-        "Does a gradient scaler look after this run? It refuses steps whose gradients are not finite, and lowers its scale."
+        "Is a gradient scaler active? It refuses steps whose gradients are not finite, and lowers its scale."
         scaler = getattr(self.learn, 'scaler', None)
         return scaler is not None and scaler.is_enabled()
 
     def after_backward(self):
-        "Without a scaler a loss that is no number, in any process, never becomes one again; now the GPU has work to do while it is read"
+        "Without a scaler a loss that is not finite stays so; read after backward was queued, so that a GPU has work"
         if not self.training or self._scaled():
             return
         losses = gather(self.loss.detach().reshape(1))
@@ -151,8 +151,8 @@ class CollapseGuard(Callback):
         spreads = gather(torch.tensor([std], device=self.loss.device))
         dead = spreads < self.min_std
         if dead.any():
-            self._stop(f"collapse: all images get nearly the same vector (spread {spreads[dead][0]:.4f} of 1). Lower the learning rate, raise the "
-                       "teacher's momentum, or check that the queue receives keys.")
+            self._stop(f"collapse: all images get nearly the same vector (spread {spreads[dead][0]:.4f} of 1). "
+                       "Lower the learning rate, raise the teacher's momentum, or check that the queue receives keys.")
 
 # %% ../nbs/23_health.ipynb #e8b623f2
 def plot_health(

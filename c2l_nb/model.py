@@ -143,7 +143,7 @@ class C2L(nn.Module):
         self.config = config
         self.seen = 0                                        # training batches so far; seeds the next draw
         self.refused = 0                                     # batches whose keys were not finite and were not stored
-        self.amp_dtype = None                                # of autocast in training passes; set by `Precision` (notebook 20)
+        self.amp_dtype = None                                # of autocast in training; set by `Precision`, notebook 20
         where = next(backbone.parameters())
         head = ProjectionHead(feature_width(backbone), config.dim, config.head).to(where)
         self.prepare = Prepare(config.mean, config.std, in_channels(backbone), normalised)
@@ -161,7 +161,7 @@ class C2L(nn.Module):
 
     def forward(self, x1, x2=None, lam=None, perm=None, lam2=None, perm2=None):
         "(q, q_mix, k, k_mix, k_feat) of two views, without mixing three of them empty; features B×F of images alone"
-        torch.clear_autocast_cache()                         # casts of older weights, if an interrupted fit left autocast entered
+        torch.clear_autocast_cache()                         # of old weights: an interrupted fit may leave autocast on
         if x2 is None:
             return self.student.features(self.prepare(x1))
         if self.amp_dtype is None:
@@ -183,7 +183,7 @@ class C2L(nn.Module):
     def mix(self, n, g): return sample_mix(n, self.config.alpha, g, self.config.lam_max, self.config.lam_per)
 
     def views(self, x, augment):
-        "Everything that is random about a batch, on its device: two views of `x`, `lam`, `perm` (twice where mixing is not shared)"
+        "All that is random about a batch, on its device: two views, `lam`, `perm` (twice where mixing is not shared)"
         g = self.draws()
         two = self.view(x, augment, g), self.view(x, augment, g)
         mix = *self.mix(len(x), g), *(() if self.config.share_mix else self.mix(len(x), g))

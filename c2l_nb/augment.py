@@ -86,6 +86,8 @@ def warp(
     out = torch.empty(*x.shape[:2], size, size, dtype=theta.dtype, device=x.device)
     few = max(torch.get_num_threads(), 2**18//max(x[:1,0].numel(), 2*size*size)) if x.device.type=='cpu' else len(x)
     for r,k in _groups(ks, few):
+        if isinstance(r, list):
+            r = torch.tensor(r).to(x.device, non_blocking=True)   # a list as an index makes a GPU wait
         part = x[r]/255 if x.dtype==torch.uint8 else x[r].to(theta.dtype)
         if k>1: part = F.avg_pool2d(part, k, ceil_mode=True)
         part = F.pad(part-fill, (1,1,1,1), mode='replicate')
@@ -100,7 +102,8 @@ def black_corners_(
 )->Tensor: # `x`, black where a rotated square leaves itself
     "What rotating after cropping shows: nothing was left outside the crop"
     u = (torch.arange(x.shape[-1], dtype=x.dtype, device=x.device)+.5)*2/x.shape[-1] - 1
-    v,edges = u[:,None], torch.tensor([-1.,1], dtype=x.dtype, device=x.device)
+    v = u[:,None]
+    edges = torch.arange(-1, 2, 2, dtype=x.dtype, device=x.device)              # made there: nothing to wait for
     cos,sin = angle.deg2rad().cos()[:,None,None,None], angle.deg2rad().sin()[:,None,None,None]
     one,two = ((edges+v*sin)/cos).sort()[0], ((edges-v*cos)/sin).sort()[0]     # B×1×S×2: first and last u of each
     first,last = torch.maximum(one,two)[...,:1], torch.minimum(one,two)[...,1:]
@@ -152,13 +155,18 @@ class Draw(NamedTuple):
     light:Tensor # B×2: brightness and contrast factor
     holes:Tensor # B×n×2: row and column of the centres, px of the output
     tiles:Tensor # B×n²: for each place the tile that moves there; B×0 without jigsaw
-    drop:Tensor # B×S×S: 1 drops the pixel; B×0×0 without dropout
+    drop:Tensor # B×S×S, on the images' device: 1 drops the pixel; B×0×0 without dropout
 
 # %% ../nbs/10_augment.ipynb #a304cc6d
 def _onto(tensors, device, dtype):
     "Several small tensors moved as one"
-    flat = torch.cat([t.to(dtype).flatten() for t in tensors]).to(device)
+    flat = torch.cat([t.to(dtype).flatten() for t in tensors]).to(device, non_blocking=True)
     return [p.view(t.shape) for p,t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+def _generator_on(device, generator):
+    "A generator of `device`, seeded by one number of `generator`, which is on the CPU"
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.Generator(device).manual_seed(seed)
 
 # %% ../nbs/10_augment.ipynb #ff0f28d5
 class C2LAugment:
@@ -178,6 +186,7 @@ class C2LAugment:
         fill:float=.449, # grey value of holes and outside the image; default: ImageNet's mean
     ):
         store_attr()
+        self.looked = False                       # at the range of a batch on a GPU?
         if corners not in ('true','black'): raise ValueError(f"corners={corners!r}: choose 'true' or 'black'")
         if jigsaw and size%jigsaw: raise ValueError(f"jigsaw={jigsaw} does not divide size={size}: choose a divisor")
     __repr__ = basic_repr('size,crop,ratio,rotation,flip,cutout,jitter,grayscale,jigsaw,dropout,corners,fill')
@@ -188,34 +197,57 @@ def draw(self:C2LAugment,
     bs:int, # images
     hw:tuple, # height and width of the input, px
     generator:torch.Generator=None, # on the CPU; None: torch's global one
-)->Draw: # on the CPU
+    device:torch.device='cpu', # of the images, where the mask of `dropout` is drawn
+)->Draw: # on the CPU, but for that mask
     "All that is random about a batch"
-    rand = lambda *shape: torch.rand(bs, *shape, generator=generator)
-    s,p = self.size,self.dropout
+    def rand(*shape): return torch.rand(bs, *shape, generator=generator)
     return Draw(box=random_box(bs, hw, self.crop, self.ratio, generator), angle=(2*rand()-1)*self.rotation,
                 flip=(rand()<self.flip).float(), light=1+(2*rand(2)-1)*self.jitter,
-                holes=(rand(self.cutout[0],2)*s).floor(),
-                tiles=rand(self.jigsaw**2).argsort(1), drop=(rand(s,s)<p).float() if p else torch.zeros(bs,0,0))
+                holes=(rand(self.cutout[0],2)*self.size).floor(),
+                tiles=rand(self.jigsaw**2).argsort(1), drop=self._drop(bs, generator, torch.device(device)))
+
+@patch
+def _drop(self:C2LAugment, bs, generator, device):
+    "The mask of `dropout`, drawn where the images are"
+    if not self.dropout:
+        return torch.zeros(bs, 0, 0)
+    if device.type!='cpu':
+        generator = _generator_on(device, generator)
+    u = torch.rand(bs, self.size, self.size, generator=generator, device=device)
+    return (u<self.dropout).float()
 
 # %% ../nbs/10_augment.ipynb #3f40c7e5
 @patch
 def apply(self:C2LAugment,
     x:Tensor, # B×C×H×W, uint8, or float in 0..1
-    d:Draw, # on the CPU
+    d:Draw, # of `draw`
 )->Tensor: # B×C×size×size in 0..1
     "Carry out the draw `d` on `x`"
     ks = reduction(d.box, self.size)
     theta = _grid_units(affine(d.box, d.angle, d.flip), x.shape[-2:], ks)
-    theta,*rest = _onto([theta,*d[1:]], x.device, torch.promote_types(x.dtype, torch.float32))
-    angle,flip,light,holes,tiles,drop = rest
+    small = _onto([theta,*d[1:-1]], x.device, torch.promote_types(x.dtype, torch.float32))
+    theta,angle,flip,light,holes,tiles = small
     x = warp(x, theta, self.size, ks, self.fill)
     if self.corners=='black': black_corners_(x, angle*(1-2*flip))
     if self.jitter:  jitter_(x, light[:,0], light[:,1])
     if self.jigsaw:  x = jigsaw(x, tiles)
-    if self.dropout: x.masked_fill_(drop[:,None]>0, self.fill)
+    if self.dropout:
+        drop = d.drop.to(x.device, non_blocking=True)
+        x.masked_fill_(drop[:,None]>0, self.fill)
     return cutout_(x, holes, max(1, round(self.cutout[1]*self.size/224)), self.fill).clamp_(0,1)
 
 # %% ../nbs/10_augment.ipynb #1b3b0bc7
+@patch
+def _check_range(self:C2LAugment, x):
+    "ValueError for float images outside 0..1; on a GPU, which must be waited for, of the first batch only"
+    if not x.is_floating_point() or self.looked and x.device.type!='cpu':
+        return
+    low,high = torch.stack(x.aminmax()).tolist()
+    self.looked = True
+    if not (low>=-.01 and high<=1.01):
+        raise ValueError(f"C2LAugment wants float images in 0..1, these span {low:.3g} to {high:.3g}: "
+                         "normalise after the augmentation, or pass uint8")
+
 @patch
 def __call__(self:C2LAugment,
     x:Tensor, # B×C×H×W, uint8, or float in 0..1
@@ -223,7 +255,5 @@ def __call__(self:C2LAugment,
 )->Tensor: # B×C×size×size in 0..1, float32 (float64 stays)
     "Augment `x`, which is left as it is"
     if x.ndim!=4: raise ValueError(f"C2LAugment wants a batch, B×C×H×W, got shape {tuple(x.shape)}: try x[None]")
-    if x.is_floating_point() and not (x.min()>=-.01 and x.max()<=1.01):
-        raise ValueError(f"C2LAugment wants float images in 0..1, these span {x.min():.3g} to {x.max():.3g}: "
-                         "normalise after the augmentation, or pass uint8")
-    return self.apply(x, self.draw(len(x), x.shape[-2:], generator))
+    self._check_range(x)
+    return self.apply(x, self.draw(len(x), x.shape[-2:], generator, x.device))

@@ -8,6 +8,7 @@ __all__ = ['DTYPES', 'choose_device', 'has_bf16', 'choose_precision', 'precision
 
 # %% ../nbs/00_core.ipynb #b31c1b3e
 import os, time
+from datetime import timedelta
 import torch
 from fastai import torch_core
 from torch import Tensor, distributed as dist, nn
@@ -125,21 +126,32 @@ def gather(
     dist.all_gather(parts, t.contiguous())
     return torch.cat(parts)
 
+_waiting = {}                                                # default group -> the group of `_waiting_group`
+
+def _waiting_group():
+    "The same processes, over the CPU: one may let the others wait for a week there, with NCCL for ten minutes"
+    world = dist.group.WORLD
+    if world not in _waiting:
+        _waiting.clear()
+        _waiting[world] = dist.new_group(backend='gloo', timeout=timedelta(days=7))
+    return _waiting[world]
+
 def rank0(
     f, # to be called by process 0 alone
     *args, **kwargs
 ): # what it returned
-    "`f(*args, **kwargs)` of process 0, in all; if it raised, all raise."
+    "`f(*args, **kwargs)` of process 0, in all, however long it takes; if it raised, all raise."
     rank, world = ranks()
     if world == 1:
         return f(*args, **kwargs)
+    group = _waiting_group()
     answer = [None, None]
     if rank == 0:
         try:
             answer[0] = f(*args, **kwargs)
         except Exception as e:
             answer[1] = e
-    dist.broadcast_object_list(answer)
+    dist.broadcast_object_list(answer, group=group)
     if answer[1]:
         raise answer[1]
     return answer[0]

@@ -47,35 +47,41 @@ def rows(self:FeatureQueue,
 
 # %% ../nbs/14_feature_queue.ipynb #9a2933af
 @patch
-def _write(self:FeatureQueue, feats, keys):
-    "Write unit-length `keys` over the oldest rows of `feats`; return how many were given."
+def _write(self:FeatureQueue, feats, keys, fine=None):
+    "Write unit-length `keys` over the oldest rows of `feats`, unless `fine` is False; return how many were given."
     for k in keys:
         if k.ndim!=2 or k.shape[1]!=self.dim: raise ValueError(f"keys must be n×{self.dim}, got {tuple(k.shape)}")
     k = torch.cat(keys)
     wide = torch.promote_types(torch.promote_types(k.dtype, feats.dtype), torch.float32)
     k = F.normalize(k.to(wide), dim=1).to(feats.dtype)
-    feats[self.rows(len(k))[-self.size:]] = k[-self.size:]
+    _put(feats, self.rows(len(k))[-self.size:], k[-self.size:], fine)
     return len(k)
 
 @patch
-def _mark(self:FeatureQueue, into, ids, n):
-    "Write the ids of `n` keys over the oldest rows of `into`; unknown where there are none."
+def _mark(self:FeatureQueue, into, ids, n, fine=None):
+    "Write the ids of `n` keys over the oldest rows of `into`, unless `fine` is False; unknown where there are none."
     ids = torch.cat(ids) if ids else into.new_full((n, 2), -1)
     if ids.shape != (n, 2): raise ValueError(f"ids must be {n}×2, two of each key, got {tuple(ids.shape)}")
-    into[self.rows(n)[-self.size:]] = ids[-self.size:].to(into)
+    _put(into, self.rows(n)[-self.size:], ids[-self.size:].to(into), fine)
+
+def _put(into, rows, new, fine):
+    "`into[rows] = new`, unless `fine` is False"
+    into[rows] = new if fine is None else new.where(fine, into[rows])
 
 # %% ../nbs/14_feature_queue.ipynb #c0c22997
 @patch
 @torch.no_grad()
 def enqueue(self:FeatureQueue,
     *keys:torch.Tensor, # each n_i×D, any length, any n_i. ValueError if of another width
-    ids:list|None=None # of each of `keys` an n_i×2 int64, in a queue made with `ids=True`; None: unknown
+    ids:list|None=None, # of each of `keys` an n_i×2 int64, in a queue made with `ids=True`; None: unknown
+    fine:torch.Tensor|None=None # one bool, on the queue's device: False stores nothing; None: True
 ):
     "Put `keys`, made unit length, over the oldest rows, in the order given."
     if ids and self.ids is None: raise ValueError("this queue keeps no ids: FeatureQueue(..., ids=True)")
-    n = self._write(self.feats, keys)
-    if self.ids is not None: self._mark(self.ids, ids, n)
-    self.ptr.add_(n).remainder_(self.size)
+    n = self._write(self.feats, keys, fine)
+    if self.ids is not None:
+        self._mark(self.ids, ids, n, fine)
+    self.ptr.add_(n if fine is None else n*fine).remainder_(self.size)
 
 # %% ../nbs/14_feature_queue.ipynb #452e9ff5
 @patch

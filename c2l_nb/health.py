@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from fastai.basics import Callback, CancelFitException, ValueMetric, get_model
 from matplotlib import pyplot as plt
+from .core import gather, ranks
 from .metrics import auroc
 from .embed import extract_features, knn_predict
 
@@ -97,29 +98,61 @@ class OnlineProbe(Callback):
 
 # %% ../nbs/23_health.ipynb #c100ff71
 class CollapseGuard(Callback):
-    "Stop a run that is dead, and say why; needs `HealthCallback`."
+    "Stop a run that is dead, in all processes, and say why; needs `HealthCallback`."
     order, run_valid = 16, False
     def __init__(self,
         min_std:float=.02, # spread below this is collapse; a fresh ResNet-18 has about .1, a run of thousands of steps should end above .5
         grace:int=2, # epochs before spread is judged
-    ): self.min_std, self.grace, self.reason = min_std, grace, ''
+        refusals:int=24, # steps in a row that a gradient scaler (fp16) may refuse: its scale is then 2^-24 of what it was
+    ):
+        self.min_std, self.grace, self.refusals = min_std, grace, refusals
+        self.reason = ''
+        self.in_a_row, self.skipped = 0, False               # steps that were refused; the one now?
+
+    def before_fit(self):
+        self.in_a_row, self.skipped = 0, False
 
     def _stop(self, reason):
         self.reason = reason
-        print(f'Stopped in epoch {self.epoch}: {reason}')
+        if not ranks()[0]:
+            print(f'Stopped in epoch {self.epoch}: {reason}')
         raise CancelFitException()
 
-    def after_loss(self):
-        "A loss that is no number never becomes one again"
-        if self.training and not self.loss.isfinite().all():
-            self._stop(f"the loss is {self.loss.item()}. Lower the learning rate, warm it up, or clip gradients (GradientClip).")
+    def _scaled(self):
+        "Is a gradient scaler active? It refuses steps whose gradients are not finite, and lowers its scale."
+        scaler = getattr(self.learn, 'scaler', None)
+        return scaler is not None and scaler.is_enabled()
+
+    def after_backward(self):
+        "Without a scaler a loss that is not finite stays so; read after backward was queued, so that a GPU has work"
+        if not self.training or self._scaled():
+            return
+        losses = gather(self.loss.detach().reshape(1))
+        if not losses.isfinite().all():
+            worst = losses[~losses.isfinite()][0].item()
+            self._stop(f"the loss is {worst}. Lower the learning rate, warm it up, or clip gradients (GradientClip).")
+
+    def after_cancel_step(self):
+        self.skipped = True
+
+    def after_step(self):
+        "Count the steps that a scaler refused, one after the other"
+        self.in_a_row = self.in_a_row + 1 if self.skipped and self._scaled() else 0
+        self.skipped = False
+        if self.in_a_row >= self.refusals:
+            self._stop(f"the gradient scaler refused {self.in_a_row} steps in a row (the loss is {self.loss.item()}). "
+                       "Lower the learning rate, warm it up, or use bf16.")
 
     def after_train(self):
         "Spread of the queries of this epoch"
+        if self.epoch + 1 < self.grace:
+            return
         std = self.learn.health.now.get('std', math.nan)
-        if self.epoch + 1 >= self.grace and std < self.min_std:
-            self._stop(f"collapse: all images get nearly the same vector (spread {std:.4f} of 1). Lower the learning rate, raise the "
-                       "teacher's momentum, or check that the queue receives keys.")
+        spreads = gather(torch.tensor([std], device=self.loss.device))
+        dead = spreads < self.min_std
+        if dead.any():
+            self._stop(f"collapse: all images get nearly the same vector (spread {spreads[dead][0]:.4f} of 1). "
+                       "Lower the learning rate, raise the teacher's momentum, or check that the queue receives keys.")
 
 # %% ../nbs/23_health.ipynb #e8b623f2
 def plot_health(

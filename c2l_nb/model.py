@@ -140,12 +140,17 @@ class C2L(nn.Module):
         normalised:bool=False, # has a `Normalize` prepared the pixels already?
     ):
         super().__init__()
-        self.config, self.seen = config, 0                   # seen: training batches so far, seeds the next draw
-        head = ProjectionHead(feature_width(backbone), config.dim, config.head).to(next(backbone.parameters()))
+        self.config = config
+        self.seen = 0                                        # training batches so far; seeds the next draw
+        self.refused = 0                                     # batches whose keys were not finite and were not stored
+        self.amp_dtype = None                                # of autocast in training; set by `Precision`, notebook 20
+        where = next(backbone.parameters())
+        head = ProjectionHead(feature_width(backbone), config.dim, config.head).to(where)
         self.prepare = Prepare(config.mean, config.std, in_channels(backbone), normalised)
         self.student = Encoder(backbone, head)
         self.teacher = EMATeacher(self.student, config.momentum, config.teacher_bn, config.ema_buffers)
-        self.queue   = FeatureQueue(config.queue_size, config.dim, config.queue_init, seeded(config.seed), config.masks)
+        queue = FeatureQueue(config.queue_size, config.dim, config.queue_init, seeded(config.seed), config.masks)
+        self.queue = queue.to(where.device)
 
     def get_extra_state(self): return torch.tensor([self.config.seed, self.seen])
     def set_extra_state(self, state): self.config, self.seen = self.config.replace(seed=int(state[0])), int(state[1])
@@ -156,7 +161,16 @@ class C2L(nn.Module):
 
     def forward(self, x1, x2=None, lam=None, perm=None, lam2=None, perm2=None):
         "(q, q_mix, k, k_mix, k_feat) of two views, without mixing three of them empty; features B×F of images alone"
-        if x2 is None: return self.student.features(self.prepare(x1))
+        torch.clear_autocast_cache()                         # of old weights: an interrupted fit may leave autocast on
+        if x2 is None:
+            return self.student.features(self.prepare(x1))
+        if self.amp_dtype is None:
+            return self._passes(x1, x2, lam, perm, lam2, perm2)
+        with torch.autocast(x1.device.type, dtype=self.amp_dtype):
+            return self._passes(x1, x2, lam, perm, lam2, perm2)
+
+    def _passes(self, x1, x2, lam, perm, lam2, perm2):
+        "The four passes of a training step"
         student, teacher = lambda x: self.student(self.prepare(x)), self.key
         if not self.config.mixes: return (q := student(x1)), q[:0], (k := teacher(x2)), k[:0], k[:0]
         if lam2 is None: lam2, perm2 = lam, perm
@@ -169,10 +183,11 @@ class C2L(nn.Module):
     def mix(self, n, g): return sample_mix(n, self.config.alpha, g, self.config.lam_max, self.config.lam_per)
 
     def views(self, x, augment):
-        "Everything that is random about a batch: two views of `x`, `lam`, `perm` (twice where mixing is not shared)"
+        "All that is random about a batch, on its device: two views, `lam`, `perm` (twice where mixing is not shared)"
         g = self.draws()
         two = self.view(x, augment, g), self.view(x, augment, g)
         mix = *self.mix(len(x), g), *(() if self.config.share_mix else self.mix(len(x), g))
+        mix = [m.to(x.device, non_blocking=True) for m in mix]
         if self.config.mix_views: two = mixup(two[0], *mix[:2]), mixup(two[1], *mix[-2:])
         return *two, *mix
 
@@ -184,6 +199,21 @@ class C2L(nn.Module):
 
 # %% ../nbs/16_model.ipynb #ca46d459
 @patch
+def _between(self:C2L, k, k_mix, ids):
+    "The queue's rows, and their ids or None, as each term sees them where the stored keys enter between the terms"
+    keys, marks = {}, {}
+    for name, made, column in (('A', k, 2), ('M', k_mix, 3)):
+        if name in self.config.stored:
+            keys[name] = self.gather(made)
+            marks[name] = self.gather(ids[:, column]) if self.config.masks else None
+    feats, theirs = [], []
+    for seen in ('', 'A', 'AM'):
+        new = [name for name in seen if name in keys]
+        feats.append(self.queue.peek(*(keys[n] for n in new)) if new else self.queue.feats)
+        theirs.append(self.queue.peek_ids(*(marks[n] for n in new)) if new and self.config.masks else self.queue.ids)
+    return tuple(feats), tuple(theirs) if self.config.masks else None
+
+@patch
 def loss(self:C2L, q, q_mix, k, k_mix, k_feat,
     ids=None, # B×5×2, of `partners`; needed where false negatives are left out, else ignored
 ):
@@ -193,11 +223,7 @@ def loss(self:C2L, q, q_mix, k, k_mix, k_feat,
         if ids is None: raise ValueError(f"false_negatives={c.false_negatives!r}: loss(*five, ids=model.partners(ids, *mix))")
         own = ids[:, 0], ids[:, 1]
     if c.queue_update == 'sequential' and c.mixes:
-        keys = self.gather(k), self.gather(k_mix)
-        feats = feats, self.queue.peek(keys[0]), self.queue.peek(*keys)
-        if c.masks:
-            theirs, new = (theirs,), [self.gather(ids[:, 2]), self.gather(ids[:, 3])]
-            theirs += self.queue.peek_ids(new[0]), self.queue.peek_ids(*new)
+        feats, theirs = self._between(k, k_mix, ids)
     return c2l_loss(q, q_mix if c.mixes else None, k, k_mix, k_feat, feats, c.temperature, c.loss_weights, c.loss_reduction,
                     c.decoupled, own, theirs)
 

@@ -25,7 +25,12 @@ class WeightsError(ValueError):
 def _body(model):
     "What is shared of `model`: of what `C2LCallback` trains the student, of an `Encoder` the backbone"
     model = getattr(model, 'student', model)
+    model = getattr(model, '_orig_mod', model)               # of what torch.compile wrapped, the module inside
     return model.backbone if isinstance(model, Encoder) else model
+
+def _plain(name):
+    "The name of a tensor without what `torch.compile` puts into it"
+    return name.replace('_orig_mod.', '')
 
 def _known(model, body):
     "What a model says of itself: arch, channels, its config, mean and std by the `Prepare` that it holds"
@@ -54,7 +59,7 @@ def export_backbone(model:nn.Module, # A body, an `Encoder`, or the model that `
         raise WeightsError(f"{type(body).__name__} ends in nn.Linear: export a body, the classifier nn.Identity()")
     text = json.dumps(_known(model, body) | (card or {}), default=str)
     def cast(t): return t.to('cpu', dtype if t.is_floating_point() else t.dtype).contiguous().clone()
-    tensors = {k: cast(t) for k, t in body.state_dict().items()}
+    tensors = {_plain(k): cast(t) for k, t in body.state_dict().items()}
     return write_atomically(path, save(tensors, dict(format='pt', card=text, sha256=_digest(tensors, text))))
 
 # %% ../nbs/26_weights.ipynb #b8b698fb
@@ -203,6 +208,10 @@ def _new_body(arch, path, meta, tensors):
         raise WeightsError(f"{path} names no arch and fits none of {', '.join(ARCHS)}: pass it, or the module to fill")
     with torch.random.fork_rng(devices=[]): return create_encoder(arch, card.get('channels', 3))
 
+def _plain_state(model):
+    "The tensors of a module by their plain names"
+    return {_plain(k): v for k, v in model.state_dict().items()}
+
 def load_backbone(path:str|Path, # Of `export_backbone`, or safetensors or torch.save in one of `LAYOUTS`
                   arch_or_module:str|nn.Module|None=None, # Of `create_encoder`, or a body to fill; None: card or names
                   strict:bool=True, # False: names that only one side has, and a head of another width, are left alone
@@ -211,13 +220,16 @@ def load_backbone(path:str|Path, # Of `export_backbone`, or safetensors or torch
     "A body from its file, whatever its layout. WeightsError if it does not fit or is damaged, the body then untouched"
     tensors, meta = _read(path)
     model, notes = arch_or_module if isinstance(arch_or_module, nn.Module) else None, []
-    if 'card' not in meta: tensors = _translate(tensors, model.state_dict() if model else {}, notes)
-    if model is None: model = _new_body(arch_or_module, path, meta, tensors)
-    own = model.state_dict()
+    tensors = {_plain(k): v for k, v in tensors.items()}
+    own = {} if model is None else _plain_state(model)
+    if 'card' not in meta: tensors = _translate(tensors, own, notes)
+    if model is None:
+        model = _new_body(arch_or_module, path, meta, tensors)
+        own = _plain_state(model)
     tensors = _fold(tensors, own, notes)
     if bad := _complaint(tensors, own, strict): raise WeightsError(f"{path} {bad}")
     fit = {k: v for k, v in tensors.items() if k in own and v.shape == own[k].shape}
-    model.load_state_dict(fit, strict=False)
+    model.load_state_dict({k: fit[_plain(k)] for k in model.state_dict() if _plain(k) in fit}, strict=False)
     if not strict: notes.append(f"{len(fit)} of your {len(own)} tensors filled")
     if say and notes: say(f"{path}: {'; '.join(notes)}")
     return model

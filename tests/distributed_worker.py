@@ -4,7 +4,8 @@
 each, and prints what they found as JSON: {world: {check: {name: value}}}, equal in all processes or an error.
 `torchrun … distributed_worker.py train FOLDER [--resume]` is a small real run.
 """
-import argparse, copy, hashlib, json, math, multiprocessing, os, socket, sys, traceback, warnings
+import argparse, copy, hashlib, json, math, multiprocessing, os, socket, sys, time, traceback, warnings
+from datetime import timedelta
 from pathlib import Path
 import numpy as np, torch
 from torch import distributed as dist, nn
@@ -13,11 +14,13 @@ from torch.nn.parallel import DistributedDataParallel
 from fastai.basics import Callback, Learner
 from fastai.callback.all import GradientAccumulation, GradientClip, MixedPrecision
 import fastai.distributed                                  # once, before forking
-from c2l_nb import checkpoint
+from c2l_nb import augment, checkpoint
 from c2l_nb.cache import pretrain_dls
 from c2l_nb.callback import C2LCallback, StepDecay, c2l_opt
 from c2l_nb.checkpoint import C2LCheckpoint, resume, settle
-from c2l_nb.distributed import DistributedC2L, distributed, gather, mine, rank0, ranks, run_mark, setup, share_batches
+from c2l_nb.core import gather, rank0, ranks
+from c2l_nb.distributed import DistributedC2L, distributed, mine, run_mark, setup, share_batches
+from c2l_nb.health import CollapseGuard, HealthCallback
 from c2l_nb.model import C2L, C2LConfig
 from c2l_nb.phantom import phantom_batch, seeded
 
@@ -116,6 +119,16 @@ def check_other(folder): return same_as_one(C2LConfig.paper(**SMALL, share_mix=F
 def check_batchnorm_shuffle(folder): return same_as_one(C2LConfig.paper(**SMALL, bn='shuffle'), norm=True)
 def check_batchnorm_local(folder): return same_as_one(C2LConfig.paper(**SMALL, bn='local'), norm=True)
 
+def check_mask_of_a_device(folder):
+    "Input dropout's mask made by the device's own generator (the CPU plays the device): each process has its own part of it"
+    own = augment.C2LAugment._drop
+    def there(self, bs, generator, device): return own(self, bs, augment._generator_on('cpu', generator), device)
+    augment.C2LAugment._drop = there
+    try: return same_as_one(C2LConfig.paper(**SMALL, dropout=.3))
+    finally: augment.C2LAugment._drop = own
+
+def check_sequential(folder): return same_as_one(C2LConfig.official(**SMALL, enqueue=('A', 'mix')))
+
 def check_shuffle_matters(folder):
     "Keys with and without shuffling"
     x = mine(torch.rand(Z, 1, SIZE, SIZE, generator=seeded(2)))
@@ -206,6 +219,25 @@ def poisoned(where, dtype=torch.float16):
 def check_overflow_in_one_process(folder): return poisoned('gradient')
 def check_infinite_key_in_one_process(folder): return poisoned('key', torch.bfloat16)
 
+class Bad(Callback):
+    "In the last process alone: a loss that is no number in the second batch, or no spread at the end of each epoch"
+    order, run_valid = 15, False
+    def __init__(self, what): self.what = what
+    def after_loss(self):
+        if self.what == 'loss' and self.iter == 1 and ranks()[0] == ranks()[1] - 1: self.learn.loss = self.loss*math.nan
+    def after_train(self):
+        if self.what == 'spread' and ranks()[0] == ranks()[1] - 1: self.learn.health.now = self.learn.health.now | dict(std=.001)
+
+def guarded(what):
+    "Where and why each process stopped; equal everywhere, or `checks` says so"
+    watch = Watch()
+    learn = fit(learner(C2LConfig.paper, HealthCallback(), CollapseGuard(), watch, Bad(what)), 3)
+    return dict(reason=learn.collapse_guard.reason, seen=learn.model.seen, agreed=all(watch.agreed) and equal_everywhere(learn.model))
+
+def check_guard_loss(folder): return guarded('loss')
+def check_guard_spread(folder): return guarded('spread')
+def check_guard_nothing(folder): return guarded('nothing')
+
 def check_sync_bn(folder):
     "Conversion reaches student and teacher, which stay in training mode; DDP refuses it on a CPU, before a step"
     learn = learner(C2LConfig.paper, norm=True, bn='sync')
@@ -233,6 +265,15 @@ def check_refusals(folder):
                 images=refused(lambda: fit(learner(pool=POOL[:16] if rank else POOL))), seed=refused(lambda: fit(learner(seed=rank))),
                 short=refused(short), outside=refused(plain), rank0=refused(lambda: rank0(raises)),
                 after=[equal_everywhere(fit(learner(), 1).model)])               # and the processes can still talk
+
+def check_rank0_takes_its_time(folder):
+    "Longer than the others would wait in a broadcast of their default group, as with a cache that takes hours to build"
+    def build(): time.sleep(2); return 'built'
+    rank0(int)
+    wait = dist.distributed_c10d._set_pg_timeout
+    wait(timedelta(seconds=1), dist.group.WORLD)
+    try: return rank0(build)
+    finally: wait(timedelta(minutes=30), dist.group.WORLD)
 
 
 # ---- Checkpoints ---------------------------------------------------------------------------------------------------------

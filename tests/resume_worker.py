@@ -48,7 +48,7 @@ def train(folder, mode, place=None, ready=None):
     cbs = [C2LCallback(queue_size=40, dim=8, momentum=.9), HealthCallback(samples=3), StepDecay(), C2LCheckpoint(folder, steps=1), Die(place, ready)]
     if mode == 'accumulation': cbs.append(GradientAccumulation(24))                    # 3 batches; an epoch has 5
     if mode == 'bf16':
-        from c2l_nb.pretrain import Precision
+        from c2l_nb.callback import Precision
         cbs.append(Precision('bf16'))
     dls = pretrain_dls(IMAGES, bs=8, device='cpu', workers=2 if mode == 'workers' else 0)
     learn = Learner(dls, body(), opt_func=c2l_opt, cbs=cbs)

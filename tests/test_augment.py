@@ -5,7 +5,7 @@ import torchvision.transforms as T, torchvision.transforms.functional as TF
 from PIL import Image
 from c2l_nb import augment as A
 from c2l_nb.augment import C2LAugment, Draw
-from c2l_nb.phantom import phantom
+from c2l_nb.phantom import phantom, seeded
 
 def rng(seed=0): return torch.Generator().manual_seed(seed)
 def films(n, size=256): return torch.stack([torch.as_tensor(phantom(i, size=size).image)[None] for i in range(n)])
@@ -214,3 +214,70 @@ def test_bad_input_says_what_to_do(x):
     with pytest.raises(ValueError, match='x\\[None\\]'): C2LAugment()(x[0])
     with pytest.raises(ValueError, match='0..1'): C2LAugment()(x.float())
     with pytest.raises(ValueError, match='0..1'): C2LAugment()(x/255*float('nan'))
+
+# ---- Draws: what they are on a CPU, where the large one is made on a GPU ---------------------------------------------------
+
+def test_draws_on_a_cpu_are_what_they_always_were():
+    "To the bit: runs that were begun with older versions go on"
+    g, aug = seeded(7), C2LAugment(size=16, jitter=.4, jigsaw=2, dropout=.1)
+    d = aug.draw(3, (20,24), g)
+    assert d.box.sum() == 114 and d.box.flatten()[:3].tolist() == [2,3,16] and d.holes.sum() == 147 and d.flip.tolist() == [0,1,0]
+    assert d.angle.tolist() == [0.8050274848937988, -7.969458103179932, -2.2436130046844482]
+    assert d.light.flatten()[:3].tolist() == [1.2418031692504883, 1.190144419670105, 1.1155401468276978]
+    assert d.tiles.flatten()[:3].tolist() == [3,2,1] and d.drop.sum() == 68
+    assert d.drop.flatten().nonzero().flatten().tolist()[:12] == [0,34,35,50,53,75,79,84,87,97,99,101]
+    assert torch.rand(1, generator=g).item() == 0.9853225946426392
+
+def test_mask_of_another_device(monkeypatch):
+    "Drawn there (meta stands for a GPU) from one number of the CPU's stream; all else as on a CPU"
+    aug, used = C2LAugment(size=16, dropout=.1), []
+    seed = lambda device, g: used.append(int(torch.randint(2**62, (), generator=g)))      # a generator of meta there is not
+    monkeypatch.setattr(A, '_generator_on', seed)
+    here, there = seeded(7), seeded(7)
+    a, b = aug.draw(3, (20,24), here), aug.draw(3, (20,24), there, 'meta')
+    assert b.drop.device.type == 'meta' and b.drop.shape == a.drop.shape
+    assert all(torch.equal(v, w) for v, w in zip(a[:-1], b[:-1]))
+    same = seeded(7)
+    C2LAugment(size=16).draw(3, (20,24), same)
+    assert used == [int(torch.randint(2**62, (), generator=same))] and torch.equal(torch.rand(1, generator=same), torch.rand(1, generator=there))
+
+def test_generator_of_a_device():
+    "The same seed, the same mask; the next, another; the share is right"
+    def mask(g): return torch.rand(8, 64, 64, generator=A._generator_on('cpu', g)) < .1
+    g = seeded(1)
+    first, second = mask(g), mask(g)
+    assert torch.equal(first, mask(seeded(1))) and not torch.equal(first, second) and abs(first.float().mean() - .1) < .01
+
+def test_range_is_looked_at_once_on_a_gpu(monkeypatch):
+    "Every batch on a CPU; on a GPU, where the host must wait for it, the first"
+    class There:                                             # a batch as a GPU would hold it
+        device = torch.device('cuda')
+        def __init__(self, x): self.x, self.looks = x, 0
+        def is_floating_point(self): return True
+        def aminmax(self): self.looks += 1; return self.x.aminmax()
+    aug, good, bad = C2LAugment(16), torch.rand(2,1,20,20), torch.full((2,1,20,20), 7.)
+    for x in (good, bad):
+        held = There(x)
+        aug._check_range(held)
+        assert held.looks == (x is good)
+    with pytest.raises(ValueError, match='7 to 7'): aug._check_range(bad)
+    with pytest.raises(ValueError, match='7 to 7'): C2LAugment(16)._check_range(There(bad))
+    with pytest.raises(ValueError, match='nan'): C2LAugment(16)(good*float('nan'))
+
+def test_nothing_waits_for_a_gpu(monkeypatch):
+    "No list as an index and no number is read from a tensor of the images' device while a draw is carried out"
+    aug = C2LAugment(32, jitter=.4, jigsaw=2, dropout=.2, corners='black')
+    x = films(4)
+    d = aug.draw(4, (256,256), rng())
+    ks = A.reduction(d.box, 32)
+    assert len(set(ks)) > 1 and any(isinstance(r, list) for r,_ in A._groups(ks, 4))
+    index = torch.Tensor.__getitem__
+    def strict(t, i):
+        assert not isinstance(i, list)
+        return index(t, i)
+    monkeypatch.setattr(torch.Tensor, '__getitem__', strict)
+    monkeypatch.setattr(A, 'reduction', lambda box, size: ks)       # its numbers are the CPU's own
+    monkeypatch.setattr(A, '_groups', lambda ks, n, groups=A._groups: groups(ks, 4))
+    for name in ('item', 'tolist', '__bool__', '__float__', '__int__'):
+        monkeypatch.setattr(torch.Tensor, name, lambda *a: pytest.fail('a number was read'))
+    aug.apply(x, d)

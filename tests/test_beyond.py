@@ -294,3 +294,24 @@ def test_masks_without_mixed_keys(mix_views):
                                       (dict(loss_weights=(1., 1.)), 'three numbers'), (dict(alpha=0.), 'alpha'), (dict(share_mix='off'), 'share_mix'), (dict(corners='blak'), 'corners')])
 def test_senseless_configs_are_refused(bad, said):
     with pytest.raises(ValueError, match=said): C2LConfig(**bad)
+
+@pytest.mark.parametrize('masks', ['keep', 'image'])
+@pytest.mark.parametrize('enqueue, seen', [(('A', 'M', 'mix'), ('', 'A', 'AM')), (('A', 'mix'), ('', 'A', 'A')), (('M',), ('', '', 'M')), (('mix',), ('', '', '')), (('M', 'A'), ('', 'A', 'AM'))])
+def test_sequential_terms_see_what_is_stored(enqueue, seen, masks):
+    "Between the terms enters what `enqueue` names, nothing else; composed here from three losses"
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv2d(1, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = C2L(body, C2LConfig(queue_size=16, dim=4, queue_update='sequential', enqueue=enqueue, false_negatives=masks))
+    views = model.views(torch.rand(4, 1, 16, 16), model.augmentation(16))
+    out, ids = model(*views), model.partners(torch.arange(4), *views[2:])
+    before = copy.deepcopy(model.queue.state_dict())
+    keys, marks = dict(A=out[2], M=out[3]), dict(A=ids[:, 2], M=ids[:, 3])
+    want = 0.
+    for names, q, k, own in zip(seen, (out[0], out[1], out[1]), out[2:], (ids[:, 0], ids[:, 1], ids[:, 1])):
+        queue = FeatureQueue(16, 4, ids=masks != 'keep')
+        queue.load_state_dict(before)
+        for n in names: queue.enqueue(keys[n], ids=[marks[n]] if queue.ids is not None else None)
+        given = {} if queue.ids is None else dict(ids=own, queue_ids=queue.ids)
+        want = want + info_nce(q, k, queue.feats, .07, **given)
+    assert torch.allclose(model.loss(*out, ids), want, rtol=1e-6)
+    assert all(torch.equal(v, before[n]) for n, v in model.queue.state_dict().items())

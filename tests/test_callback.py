@@ -593,3 +593,77 @@ def test_shuffling_before_batchnorm_is_an_identity():
     assert teacher.module.backbone[1].training
     plain, shuffled = teacher(x), teacher(x[p])[p.argsort()]
     assert (plain - shuffled).abs().max() <= 1e-12*plain.abs().max()
+
+
+# ---- Devices, compilers and sizes -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('own', [{}, dict(false_negatives='image', head='mlp'), dict(queue_update='sequential', queue_init='uniform')])
+def test_everything_lives_where_the_body_lives(own):
+    "Also what the model makes: a body that was moved before it was given (meta stands for a GPU)"
+    model = C2L(body().to('meta'), C2LConfig(**SMALL, **own))
+    there = {n: v.device.type for n, v in [*model.named_parameters(), *model.named_buffers()]}
+    assert set(there.values()) == {'meta'} and 'queue.feats' in there and 'queue.ptr' in there
+    double = C2L(body().double(), C2LConfig(**SMALL, **own))
+    assert double.student.head(torch.zeros(1, 8).double()).dtype == torch.float64 and double.queue.feats.dtype == torch.float32
+
+@pytest.mark.parametrize('own', [{}, dict(share_mix=False, lam_per='sample'), dict(loss_weights=(1, 0, 0), mix_views=True)])
+def test_mixing_numbers_are_where_the_images_are(own):
+    model = C2L(body(), C2LConfig(**SMALL, **own))
+    views = model.views(IMAGES.to('meta'), lambda x, g: x.float())
+    assert {v.device.type for v in views} == {'meta'} and len(views) == (6 if own.get('share_mix') is False else 4)
+
+def test_compiled_body_trains():
+    "As the plain one does, and its weights are saved by plain names"
+    learns = [fit(learner(model=make(body())), 2) for make in (nn.Sequential.train, partial(torch.compile, backend='eager'))]
+    a, b = ({k.replace('_orig_mod.', ''): v.float() for k, v in state(learn).items()} for learn in learns)
+    assert a.keys() == b.keys() and all(torch.allclose(a[k], b[k], atol=1e-5) for k in a)
+
+def test_compiled_model():
+    "Wrapped by torch.compile it is refused with the reason, when the learner is made and when it is fitted; compiled in place it trains"
+    whole, plain = learner(), learner()
+    whole.model = torch.compile(whole.model, backend='eager')
+    with raises(ValueError, 'hides student, teacher and queue.*learn.model.compile'): fit(whole)
+    with raises(ValueError, 'hides student'):
+        Learner(data(), torch.compile(C2L(body(), C2LConfig(**SMALL)), backend='eager'), loss_func=C2LLoss(), cbs=C2LCallback(**SMALL))
+    inside = learner()
+    inside.model.compile(backend='eager')
+    for learn in (inside, plain): fit(learn, 2)
+    assert all(torch.allclose(v.float(), state(plain)[k].float(), atol=1e-5) for k, v in state(inside).items())
+    with inside.no_bar(): assert inside.get_preds(ds_idx=1)[0].shape == (24, 8)
+
+@pytest.mark.parametrize('normalised', [False, True])
+def test_augmentation_runs_outside_autocast(normalised):
+    "fastai's MixedPrecision enters autocast before the batch; an augmentation would be warped in half precision"
+    seen = []
+    def augment(x, g):
+        grid = x.float().flatten(1)
+        seen.append((torch.is_autocast_enabled('cpu'), (grid@grid.T).dtype))
+        return x.float()
+    c2l = C2LCallback(C2LConfig(**SMALL), augment)
+    dls = normalised_data(([.5], [.2]), grey) if normalised else data()
+    learn = Learner(dls, body(), loss_func=C2LLoss(), opt_func=c2l_opt, cbs=[c2l, CPUMixed(torch.bfloat16)])
+    learn.logger = lambda *a: None
+    fit(learn)
+    assert len(seen) == 6 and set(seen) == {(False, torch.float32)}
+
+def test_views_follow_the_size_of_the_data():
+    "Progressive resizing: other images from one fit to the next; a size of the config's stays"
+    for own, want in (({}, {24, 16, 20}), (dict(size=12), {12})):
+        learn, sides = learner(own=own), []
+        learn.add_cb(At(before_batch=lambda learn: sides.append(learn.xb[0].shape[-1]) if learn.training else None))
+        for side in (24, 16, 20):
+            learn.dls = data(IMAGES[..., :side, :side])
+            fit(learn)
+        assert set(sides) == want and len(sides) == 9
+
+def test_refused_keys_are_counted_and_said():
+    "Per epoch, and in the model for the whole run; no entry in the state"
+    learn = learner(At(after_pred=poison_keys, run_valid=False))
+    with pytest.warns(UserWarning, match='keys of 1 of 3 batches were not finite'): fit(learn, 2)
+    assert int(learn.model.refused) == 2 and learn.model.queue.ptr == 4*24 % 20 and not any('refused' in k for k in state(learn))
+    with warnings.catch_warnings():
+        warnings.filterwarnings('error', 'keys of')
+        fit(learner())
+
+def poison_keys(learn):
+    if learn.iter == 1: learn.c2l.five[3] = learn.c2l.five[3]*math.nan

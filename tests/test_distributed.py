@@ -8,7 +8,8 @@ from fastai.basics import Learner
 from c2l_nb import distributed as module
 from c2l_nb.cache import pretrain_dls
 from c2l_nb.callback import C2LCallback
-from c2l_nb.distributed import DistributedC2L, distributed, mine, rank0, ranks, run_mark, setup, share_batches
+from c2l_nb.core import rank0, ranks
+from c2l_nb.distributed import DistributedC2L, distributed, mine, run_mark, setup, share_batches
 from c2l_nb.encoder import create_encoder
 from c2l_nb.model import C2L, C2LConfig
 from c2l_nb.phantom import phantom_batch
@@ -34,7 +35,7 @@ def f(found, request): return found[request.param]
 # ---- The same step ------------------------------------------------------------------------------------------------------
 
 @linux
-@pytest.mark.parametrize('config', ['paper', 'official', 'moco', 'other', 'batchnorm_shuffle', 'batchnorm_local'])
+@pytest.mark.parametrize('config', ['paper', 'official', 'sequential', 'moco', 'other', 'mask_of_a_device', 'batchnorm_shuffle', 'batchnorm_local'])
 def test_processes_do_what_one_would(f, config):
     """Three steps in float64 against one process on the concatenated batch with the same blocks as `perm`: views, loss, keys, every gradient, student, teacher,
     queue and pointer to relative 1e-10. With BatchNorm the one process normalises part by part, and shuffles before the teacher."""
@@ -72,6 +73,18 @@ def test_overflow_in_one_process_skips_the_step_in_all(f):
 @linux
 def test_infinite_key_in_one_process_enters_no_queue(f):
     assert f['infinite_key_in_one_process'] == dict(agreed=True, changed=[['student', 'teacher'], ['queue', 'student', 'teacher']], finite=True)
+
+@linux
+def test_guard_stops_all_processes_or_none(f):
+    "A loss that is no number, or collapse, in one process ends the run in all, in the same batch (else the others would wait for ever)"
+    assert f['guard_loss']['reason'].startswith('the loss is nan') and f['guard_loss']['seen'] == 1 and f['guard_loss']['agreed']
+    assert f['guard_spread']['reason'].startswith('collapse') and 'spread 0.0010' in f['guard_spread']['reason'] and f['guard_spread']['seen'] == 8
+    assert f['guard_nothing'] == dict(reason='', seen=12, agreed=True)
+
+@linux
+def test_processes_wait_for_the_first(f):
+    "`rank0` outlasts the time that the default group gives a broadcast (30 minutes with gloo, ten with NCCL; here 1 s)"
+    assert f['rank0_takes_its_time'] == 'built'
 
 @linux
 def test_sync_batchnorm_reaches_student_and_teacher(f):

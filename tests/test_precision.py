@@ -1,16 +1,17 @@
-"""Half precision, beside tests/test_callback.py: what a real overflow does, and c2l_pretrain's own `Precision`. On a CPU, whose autocast and
+"""Half precision, beside tests/test_callback.py: what a real overflow does, and our own `Precision`. On a CPU, whose autocast and
 scaler stand for a GPU's; nothing of it was run on a GPU.
 """
-import copy, math
+import copy, math, pickle
 import pytest, torch
 from torch import nn
-from fastai.basics import Callback, Learner
+from fastai.basics import Callback, DataLoader, DataLoaders, L, Learner
+from fastai.callback.fp16 import MixedPrecision
 from c2l_nb.cache import pretrain_dls
-from c2l_nb.callback import C2LCallback, c2l_opt
+from c2l_nb.callback import C2LCallback, Precision, c2l_opt
+from c2l_nb.health import CollapseGuard, HealthCallback
 from c2l_nb.loss import c2l_loss
 from c2l_nb.model import C2L, C2LConfig
 from c2l_nb.phantom import phantom_batch, seeded
-from c2l_nb.pretrain import Precision
 
 pytestmark = pytest.mark.filterwarnings('ignore:the queue of', 'ignore:Your generator is empty')
 POOL = phantom_batch(24, size=24)[0][:, 0].numpy()
@@ -39,11 +40,11 @@ class Scaled(Precision):
     def __init__(self, mode, scale): super().__init__(mode); self.scale = scale
     def before_fit(self): super().before_fit(); self.learn.scaler = torch.amp.GradScaler('cpu', init_scale=self.scale, enabled=self.amp_mode.value == 'fp16')
 
-def fit(*cbs, **own):
+def fit(*cbs, epochs=1, **own):
     c2l = C2LCallback(C2LConfig(**{**dict(queue_size=20, dim=16, momentum=.9), **own}))
     learn = Learner(pretrain_dls(POOL, 8, device='cpu'), body(), opt_func=c2l_opt, cbs=[c2l, *cbs])
     learn.logger = lambda *a: None
-    with learn.no_bar(): learn.fit(1, .03)
+    with learn.no_bar(): learn.fit(epochs, .03)
     return learn
 
 EVERYTHING = {'student', 'teacher', 'queue'}
@@ -84,7 +85,7 @@ def test_teacher_inside_autocast_loss_outside(mode, dtype, config):
     is that of float64 on the same features (a bfloat16 product would be off by a percent)"""
     def look(learn):
         five = [t.detach() for t in learn.pred]
-        assert torch.is_autocast_enabled('cpu') and {t.dtype for t in five} == {torch.float32}
+        assert not torch.is_autocast_enabled('cpu') and {t.dtype for t in five} == {torch.float32}
         exact = learn.model.loss(*(t.double() for t in five))
         loss = learn.model.loss(*five)
         assert loss.dtype == torch.float32 and exact.dtype == torch.float64
@@ -108,3 +109,166 @@ def test_features_in_half_precision_are_widened_before_the_product(dtype):
     q = nn.functional.normalize(five[0].float())
     with torch.autocast('cpu', dtype): naive = (q@feats.T/.07).float()
     assert (naive - q.double()@feats.double().T/.07).abs().max() > 1e-3
+
+# ---- Interrupted fits ----------------------------------------------------------------------------------------------------
+
+class CPUMixed(MixedPrecision):
+    "fastai's, made to work on a CPU"
+    def before_fit(self):
+        self.autocast, self.scales = torch.autocast('cpu', torch.bfloat16), L()
+        self.learn.scaler = torch.amp.GradScaler('cpu', enabled=False)
+
+class Interrupt(Callback):
+    "Ctrl-C in the second batch"
+    order, run_valid = 60, False
+    def __init__(self, event): setattr(self, event, self._now)
+    def _now(self):
+        if self.iter == 1: raise KeyboardInterrupt
+
+class Recompute(Callback):
+    "How far the queries of each step are from those that the present weights give"
+    order, run_valid = 60, False
+    def __init__(self): self.off = []
+    def after_pred(self):
+        model = self.model
+        with torch.no_grad(), torch.autocast('cpu', torch.bfloat16, cache_enabled=False):
+            q = model.student(model.prepare(self.xb[0]))
+        self.off.append((q.float() - self.pred[0]).abs().max().item())
+
+def quiet(learn):
+    learn.logger = lambda *a: None
+    return learn.no_bar()
+
+def c2l_learner(*cbs):
+    c2l = C2LCallback(queue_size=20, dim=16, momentum=.9)
+    return Learner(pretrain_dls(POOL, 8, device='cpu'), body(), opt_func=c2l_opt, cbs=[c2l, *cbs])
+
+def interrupted(learn, event):
+    with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit(1, .5, cbs=Interrupt(event))
+    learn.remove_cbs(learn._grab_cbs(Interrupt))             # fastai leaves it there
+
+@pytest.mark.parametrize('event', ['after_pred', 'after_loss', 'before_batch'])
+def test_interrupted_fit_leaves_no_autocast(event):
+    "The next fit of this learner, of another one and one in float32 compute with the weights that the optimiser moves"
+    learn = c2l_learner(Precision('bf16'))
+    interrupted(learn, event)
+    assert not torch.is_autocast_enabled('cpu')
+    for again in (learn, c2l_learner(Precision('bf16'))):
+        with quiet(again): again.fit(2, .5, cbs=(look := Recompute()))
+        assert look.off == [0.]*6
+    interrupted(learn, event)
+    types = []
+    learn.remove_cb(Precision)
+    learn.model.student.backbone[0].register_forward_hook(lambda m, i, o: types.append(o.dtype))
+    with quiet(learn): learn.fit(1, .5)
+    assert set(types) == {torch.float32}
+
+def test_c2l_beside_an_autocast_that_fastai_left_entered():
+    "Interrupted under fastai's own: said in the next fit, whose steps still see the present weights; evaluation too"
+    first = c2l_learner(mixed := CPUMixed())
+    interrupted(first, 'after_pred')
+    left = mixed.autocast
+    try:
+        assert torch.is_autocast_enabled('cpu')
+        second = c2l_learner(CPUMixed())
+        with quiet(second), pytest.warns(UserWarning, match='autocast is on'): second.fit(2, .5, cbs=(look := Recompute()))
+        assert look.off == [0.]*6
+        with torch.no_grad():
+            got = second.model.eval()(torch.from_numpy(POOL)[:4, None])
+            with torch.autocast('cpu', torch.bfloat16, cache_enabled=False): want = second.model.student.features(second.model.prepare(torch.from_numpy(POOL)[:4, None]))
+        assert torch.equal(got, want)
+    finally: left.__exit__(None, None, None)
+    assert not torch.is_autocast_enabled('cpu')
+
+class Odd(nn.Sequential):
+    "An ordinary model, whose forward may be interrupted"
+    stop = False
+    def forward(self, x):
+        if self.stop: raise KeyboardInterrupt
+        return super().forward(x.float())
+
+def ordinary(model=None):
+    torch.manual_seed(0)
+    data = [(torch.rand(6), torch.rand(2)) for _ in range(24)]
+    dls = DataLoaders(DataLoader(data, bs=8), DataLoader(data, bs=8), device='cpu')
+    return Learner(dls, model or Odd(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)), loss_func=nn.functional.mse_loss, opt_func=c2l_opt, cbs=Precision('bf16'))
+
+@pytest.mark.parametrize('where', ['forward', 'after_pred', 'before_batch', 'after_loss'])
+def test_ordinary_model_after_an_interrupted_fit(where):
+    learn = ordinary()
+    learn.model.stop = where == 'forward'
+    if where == 'forward':
+        with quiet(learn), pytest.raises(KeyboardInterrupt): learn.fit(1, .5)
+    else: interrupted(learn, where)
+    assert not torch.is_autocast_enabled('cpu')
+    learn.model.stop = False
+    class Same(Callback):
+        order, off = 60, 0.
+        def after_pred(self):
+            with torch.autocast('cpu', torch.bfloat16, cache_enabled=False): again = type(self.model).forward(self.model, *self.xb)
+            assert again.dtype == torch.bfloat16 and torch.equal(again.float(), self.pred)
+            Same.off += 1
+    for again in (learn, ordinary(learn.model)):
+        with quiet(again): again.fit(2, .5, cbs=Same())
+    assert Same.off == 2*2*6                                 # training and validation
+    assert 'forward' not in vars(learn.model) and learn.model(torch.rand(1, 6)).dtype == torch.float32
+
+def test_precision_of_an_ordinary_model():
+    "Training, validation and predictions in bfloat16, whatever comes out in float32; between batches and afterwards the model is its own"
+    learn, types, between = ordinary(), [], []
+    learn.model[0].register_forward_hook(lambda m, i, o: types.append(o.dtype))
+    class Between(Callback):
+        def after_batch(self): between.append('forward' in vars(self.model)); copy.deepcopy(self.model); pickle.dumps(self.model.state_dict())
+    with quiet(learn):
+        learn.fit(1, .1, cbs=Between())
+        learn.validate()
+        preds = learn.get_preds()[0]
+    assert set(types) == {torch.bfloat16} and len(types) == 12 and not any(between) and preds.dtype == torch.float32
+    learn.model(torch.rand(1, 6))
+    assert types[-1] == torch.float32 and learn.scaler is None
+
+def test_precision_of_a_compiled_model():
+    "Compiled as a whole or in place: half precision, and the compiled forward is put back"
+    inside = Odd(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2))
+    wrapped = torch.compile(inside, backend='eager')
+    own = wrapped.forward
+    for model in (wrapped, inside):
+        if model is inside: model.compile(backend='eager')
+        learn, seen = ordinary(model), []
+        class See(Callback):
+            order = 5                                        # before `Precision` widens
+            def after_pred(self): seen.append(self.pred.dtype)
+        with quiet(learn): learn.fit(1, .1, cbs=See())
+        assert set(seen) == {torch.bfloat16} and len(seen) == 6
+    assert wrapped.forward is own and 'forward' not in vars(inside)
+
+# ---- The guard -----------------------------------------------------------------------------------------------------------
+
+class Overflow(Callback):
+    "A loss that is not finite, in the batches named"
+    order, run_valid = 13, False
+    def __init__(self, *batches): self.batches, self.met = batches, []
+    def after_loss(self):
+        if not self.batches or self.train_iter in self.batches:
+            self.learn.loss_grad = self.loss_grad*math.inf
+            self.learn.loss = self.loss_grad.detach().clone()
+            self.met.append(self.train_iter)
+
+def test_guard_leaves_an_overflow_to_the_scaler():
+    "The step is skipped, the scale halved, and the run goes on"
+    note = Note()
+    learn = fit(Scaled('fp16', 1024.), HealthCallback(), CollapseGuard(), Overflow(1), note)
+    assert learn.collapse_guard.reason == '' and note.changed() == [EVERYTHING, set(), EVERYTHING] and note.scales[-1] == 512.
+
+def test_guard_ends_what_the_scaler_refuses_without_end():
+    "24 in a row, as documented; 23, one good step and 23 more are no reason"
+    learn = fit(Precision('fp16'), HealthCallback(), CollapseGuard(), bad := Overflow(), epochs=12)
+    assert 'refused 24 steps' in learn.collapse_guard.reason and bad.met == list(range(24))
+    learn = fit(Precision('fp16'), HealthCallback(), CollapseGuard(), Overflow(*range(23), *range(24, 47)), epochs=16)
+    assert learn.collapse_guard.reason == ''
+
+@pytest.mark.parametrize('cbs', [[], [Precision('bf16')]], ids=['fp32', 'bf16'])
+def test_guard_without_a_scaler_stops_at_once(cbs):
+    learn = fit(*cbs, HealthCallback(), CollapseGuard(), bad := Overflow(1))
+    assert 'the loss is inf' in learn.collapse_guard.reason and bad.met == [1]
+    assert all(p.isfinite().all() for p in learn.model.student.parameters())

@@ -178,3 +178,17 @@ def test_bad_keys(bad):
     for f in (q.enqueue, q.peek):
         with pytest.raises(ValueError, match='keys must be n×4'): f(torch.ones(2,4), bad)
     assert torch.equal(q.feats, was) and q.ptr.item()==0
+
+@pytest.mark.parametrize('ids', [False, True])
+def test_keys_are_stored_or_refused_as_a_tensor_says(ids):
+    "`fine` False leaves rows, ids and pointer, True is the same as without, to the bit"
+    g = gen()
+    plain, told = (FeatureQueue(10, 4, generator=gen(), ids=ids) for _ in range(2))
+    for n in (7, 6, 11):
+        k, marks = torch.randn(n, 4, generator=g), [torch.randint(9, (n, 2), generator=g)] if ids else None
+        before = deepcopy(told.state_dict())
+        told.enqueue(k*float('nan'), ids=marks, fine=torch.tensor(False))
+        assert all(torch.equal(v, before[name]) for name, v in told.state_dict().items())
+        plain.enqueue(k, ids=marks)
+        told.enqueue(k, ids=marks, fine=torch.tensor(True))
+        assert all(torch.equal(v, plain.state_dict()[name]) for name, v in told.state_dict().items())

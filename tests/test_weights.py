@@ -396,3 +396,22 @@ def test_write_is_all_or_nothing(body, tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'fsync', fail)
     with pytest.raises(OSError, match='disk full'): export_backbone(body, path)
     assert path.read_bytes() == b'before' and os.listdir(tmp_path) == ['b.safetensors']
+
+# ---- torch.compile --------------------------------------------------------------------------------------------------------
+
+def test_compiled_bodies_are_written_and_read_by_plain_names(body, saved, tmp_path):
+    "Compiled whole, in a part, or inside an encoder; files that carry the compiler's names are read; a compiled network is filled"
+    whole, part = torch.compile(deepcopy(body), backend='eager'), deepcopy(body)
+    part.layer1 = torch.compile(part.layer1, backend='eager')
+    encoder = torch.compile(Encoder(deepcopy(body), ProjectionHead(512)), backend='eager')
+    for name, m in dict(whole=whole, part=part, encoder=encoder).items():
+        path = export_backbone(m, tmp_path/f'{name}.safetensors')
+        assert set(load_file(path)) == set(body.state_dict()) and read_card(path)['arch'] == 'resnet18'
+        assert torch.equal(features(load_backbone(path)), features(body))
+    old = dict(card=json.dumps(dict(format='c2l_nb 1', arch='resnet18', channels=3)), format='pt')
+    save_file({k: v.clone() for k, v in whole.state_dict().items()}, tmp_path/'old.safetensors', old)
+    torch.save({f'module.{k}': v for k, v in whole.state_dict().items()}, tmp_path/'stranger.pth')
+    for name in ('old.safetensors', 'stranger.pth'): assert torch.equal(features(load_backbone(tmp_path/name, say=None)), features(body))
+    for m in (whole, part):
+        for p in m.state_dict().values(): p.zero_()
+        for path in (saved, tmp_path/'stranger.pth'): assert load_backbone(path, m, say=None) is m and torch.equal(features(m), features(body))

@@ -254,6 +254,8 @@ def _go_on(self:C2LCheckpoint):
     if self.n_epoch != state['n_epoch']: warnings.warn(f"fit({self.n_epoch}) goes on with a fit({state['n_epoch']}): schedules stretch")
     _set_loop(self.learn, state)
     self.at = self.train_iter
+    names = self.recorder.metric_names
+    self.rows = [[dict(zip(state['columns'], row)).get(name) for name in names] for row in self.rows]    # columns may have been added
     for row in self.rows: self.logger(row)
     self._write_log()
 
@@ -300,9 +302,11 @@ def _prepare(learn):
     if drawn: warnings.warn(f"the resume is not promised to be exact: {', '.join(drawn)} of the loader draw at random; "
                             "C2LAugment draws each batch's views from (seed, step) instead")
 
-def _check(cb, meta):
+def _without(tree, names): return {k: v for k, v in tree.items() if k not in names} if isinstance(tree, dict) else tree
+
+def _check(cb, meta, free):
     "CheckpointError if the run of `meta` is not the one that `cb` watches; a warning if its bits may not be equal"
-    wrong = [d for k, v in cb.about().items() for d in _differences(meta.get(k), v, k)]
+    wrong = [d for k, v in cb.about().items() for d in _differences(_without(meta.get(k), free), _without(v, free), k)]
     more = f'; and {len(wrong) - 9} more' if len(wrong) > 9 else ''
     if wrong: raise CheckpointError(f"the checkpoint is of another run. {'; '.join(wrong[:9])}{more}. "
                                     "Use the same settings, or start a new run in another folder")
@@ -322,6 +326,7 @@ def resume(
     folder:str|Path, # of the run
     config=None, # as in `C2LCheckpoint`, whose own is taken if None
     fingerprint=None, # likewise
+    free:tuple=(), # fields of the config that may differ, as ('epochs',) for a run that is to go on for longer
 ) -> int: # epoch to go on with: learn.fit(n_epoch, lr, start_epoch=…); its batches that are done are left out
     "Put `learn` where the newest sound checkpoint stood; CheckpointError, no weight changed, if none is sound or of this run"
     cb = next((cb for cb in learn.cbs if isinstance(cb, C2LCheckpoint)), None)
@@ -330,9 +335,9 @@ def resume(
     tensors, meta = load_checkpoint(folder)
     cb.shared |= {k: v for k, v in dict(config=config, fingerprint=fingerprint).items() if v is not None}
     _prepare(learn)
-    _check(cb, meta)
+    _check(cb, meta, free)
     state = _unflatten(meta['state'], tensors)
     get_model(learn.model).load_state_dict(state['model'])
     _load_opt(learn.opt, state['opt'], next(learn.model.parameters()).device)
-    cb.next, cb.rows, cb.pending = meta['epoch'], meta['rows'], state['loop']
+    cb.next, cb.rows, cb.pending = meta['epoch'], meta['rows'], state['loop'] | dict(columns=meta['columns'])
     return cb.next

@@ -71,18 +71,32 @@ def _timm_body(arch, channels, weights):
         raise ValueError(f"unknown arch {arch!r}; close names: {', '.join(close) or 'none'}")
     return timm.create_model(arch, pretrained=weights is not None, num_classes=0, in_chans=channels)
 
+# %% ../nbs/12_encoder.ipynb #9631197c
+def _tiny_body(arch, channels, weights):
+    "Three convolutions for small images on a CPU"
+    if weights is not None:
+        raise ValueError("tiny has no ImageNet weights: use weights=None, or an arch of torchvision")
+    if channels not in (1, 3):
+        raise ValueError(f"channels of {arch} must be 1 or 3, got {channels}")
+    layers = []
+    for into, out in ((channels, 16), (16, 32), (32, 64)):
+        layers += [nn.Conv2d(into, out, 3, 2, 1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(3), nn.Flatten())
+
 # %% ../nbs/12_encoder.ipynb #c0dcbfef
-def create_encoder(arch:str='resnet18', # torchvision's ResNets, DenseNets (paper: ResNet-18, DenseNet-121), `timm`'s
+def create_encoder(arch:str='resnet18', # torchvision's ResNets, DenseNets (paper: ResNet-18, DenseNet-121), `timm`'s, 'tiny'
                    channels:int=3, # Of the image: 3, or 1 to save copying a grey image (torchvision: folded from 3)
                    weights:str|None=None, # None: from scratch, as the released code; 'imagenet': the library downloads
                   )->nn.Module: # From B×channels×H×W to features B×F
     "A body from images to features; draws from torch's global generator, so `torch.manual_seed` repeats it"
     if weights not in (None, 'imagenet'):
         raise ValueError(f"weights must be None or 'imagenet', got {weights!r}; files: c2l_nb.weights.load_backbone")
-    make = _torchvision_body if arch in _torchvision_names() else _timm_body
-    try: model = make(arch, channels, weights)
+    make = _tiny_body if arch == 'tiny' else _torchvision_body if arch in _torchvision_names() else _timm_body
+    try:
+        model = make(arch, channels, weights)
     except (OSError, RuntimeError) as e:
-        if weights is None: raise
+        if weights is None:
+            raise
         raise OSError(f"no ImageNet weights of {arch}: {e}. Without a network, weights=None starts from scratch") from e
     model.arch = arch  # c2l_nb.weights writes it into the model card
     return model

@@ -20,6 +20,23 @@ def test_torchvision_bodies(arch, width):
     assert whole - set(m.state_dict()) == {f'{head}.weight', f'{head}.bias'} and set(m.state_dict()) < whole
     assert not ends_in_linear(m) and m.arch == arch
 
+def test_tiny():
+    "Three convolutions of stride 2, a map of 3×3: 576 features of one channel or three; its exported file loads by its card alone"
+    from c2l_nb.weights import export_backbone, load_backbone
+    for channels in (1, 3):
+        m = create_encoder('tiny', channels=channels)
+        assert feature_width(m) == 576 and in_channels(m) == channels and m.arch == 'tiny' and not ends_in_linear(m)
+    m, x = seeded('tiny', channels=1), image(2, 1, 48, 48)
+    assert m[:-2](x).shape == (2, 64, 6, 6)
+    import tempfile
+    with tempfile.TemporaryDirectory() as folder:
+        path = export_backbone(m, f'{folder}/tiny.safetensors')
+        assert torch.equal(load_backbone(path).eval()(x), m(x))
+        wide = load_backbone(path, create_encoder('tiny', channels=3)).eval()
+        torch.testing.assert_close(wide(x.expand(-1, 3, -1, -1)), m(x))
+    with pytest.raises(ValueError, match='1 or 3'): create_encoder('tiny', channels=2)
+    with pytest.raises(ValueError, match='no ImageNet weights'): create_encoder('tiny', weights='imagenet')
+
 @pytest.mark.parametrize('arch', ['resnet18', 'densenet121'])
 def test_one_channel_equals_three_copies(arch):
     "Folding: from the same seed, one channel and three equal ones give the same features (float64)"

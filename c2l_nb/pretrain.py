@@ -184,8 +184,8 @@ class KeepBest(Callback):
         export_backbone(get_model(self.model), self.path, self.card | dict(kept=dict(epoch=self.epoch + 1, by=by, value=value)))
 
 # %% ../nbs/27_pretrain.ipynb #aee20977
-PHANTOM_RECIPE = dict(batch_size=64, queue_size=1024, momentum=.99, crop=(.6, 1.), flip=0., cutout=(1, 75), jitter=.2, head='linear',
-                      lr=.02, schedule='cosine', warmup=.05, epochs=30)      # with the encoder 'tiny'; found by trials on phantoms
+PHANTOM_RECIPE = dict(batch_size=64, queue_size=1024, momentum=.99, crop=(.6, 1.), flip=0., cutout=(1, 16), jitter=.2, head='linear',
+                      lr=.01, schedule='cosine', warmup=.05, epochs=30)      # with the encoder 'tiny'; found by trials on phantoms
 PHANTOM_DEFAULTS = dict(arch='tiny', size=48, n_phantoms=4096)
 LEAST_STEPS = dict(tiny=300, other=1500)   # of the optimiser; shorter runs usually end below an untrained network
 

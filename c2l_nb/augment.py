@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch, torch.nn.functional as F
 from torch import Tensor
 from fastcore.basics import store_attr, basic_repr, patch
+from .core import large_generator
 
 # %% ../nbs/10_augment.ipynb #2d53f9ad
 def random_box(
@@ -163,11 +164,6 @@ def _onto(tensors, device, dtype):
     flat = torch.cat([t.to(dtype).flatten() for t in tensors]).to(device, non_blocking=True)
     return [p.view(t.shape) for p,t in zip(flat.split([t.numel() for t in tensors]), tensors)]
 
-def _generator_on(device, generator):
-    "A generator of `device`, seeded by one number of `generator`, which is on the CPU"
-    seed = int(torch.randint(2**62, (), generator=generator))
-    return torch.Generator(device).manual_seed(seed)
-
 # %% ../nbs/10_augment.ipynb #ff0f28d5
 class C2LAugment:
     "A batch in, a batch out, each image with its own draw"
@@ -211,8 +207,7 @@ def _drop(self:C2LAugment, bs, generator, device):
     "The mask of `dropout`, drawn where the images are"
     if not self.dropout:
         return torch.zeros(bs, 0, 0)
-    if device.type!='cpu':
-        generator = _generator_on(device, generator)
+    generator = large_generator(generator, device)
     u = torch.rand(bs, self.size, self.size, generator=generator, device=device)
     return (u<self.dropout).float()
 

@@ -18,7 +18,7 @@ from c2l_nb import augment, checkpoint
 from c2l_nb.cache import pretrain_dls
 from c2l_nb.callback import C2LCallback, StepDecay, c2l_opt
 from c2l_nb.checkpoint import C2LCheckpoint, resume, settle
-from c2l_nb.core import gather, rank0, ranks
+from c2l_nb.core import device_generator, gather, rank0, ranks
 from c2l_nb.distributed import DistributedC2L, distributed, mine, run_mark, setup, share_batches
 from c2l_nb.health import CollapseGuard, HealthCallback
 from c2l_nb.model import C2L, C2LConfig
@@ -122,7 +122,7 @@ def check_batchnorm_local(folder): return same_as_one(C2LConfig.paper(**SMALL, b
 def check_mask_of_a_device(folder):
     "Input dropout's mask made by the device's own generator (the CPU plays the device): each process has its own part of it"
     own = augment.C2LAugment._drop
-    def there(self, bs, generator, device): return own(self, bs, augment._generator_on('cpu', generator), device)
+    def there(self, bs, generator, device): return own(self, bs, device_generator(generator, torch.device('cpu')), device)
     augment.C2LAugment._drop = there
     try: return same_as_one(C2LConfig.paper(**SMALL, dropout=.3))
     finally: augment.C2LAugment._drop = own

@@ -4,6 +4,7 @@ import pytest, torch, torch.nn.functional as F
 import torchvision.transforms as T, torchvision.transforms.functional as TF
 from PIL import Image
 from c2l_nb import augment as A
+from c2l_nb.core import device_generator
 from c2l_nb.augment import C2LAugment, Draw
 from c2l_nb.phantom import phantom, seeded
 
@@ -231,8 +232,8 @@ def test_draws_on_a_cpu_are_what_they_always_were():
 def test_mask_of_another_device(monkeypatch):
     "Drawn there (meta stands for a GPU) from one number of the CPU's stream; all else as on a CPU"
     aug, used = C2LAugment(size=16, dropout=.1), []
-    seed = lambda device, g: used.append(int(torch.randint(2**62, (), generator=g)))      # a generator of meta there is not
-    monkeypatch.setattr(A, '_generator_on', seed)
+    seed = lambda g, device: used.append(int(torch.randint(2**62, (), generator=g)))      # a generator of meta there is not
+    monkeypatch.setattr(A, 'large_generator', seed)
     here, there = seeded(7), seeded(7)
     a, b = aug.draw(3, (20,24), here), aug.draw(3, (20,24), there, 'meta')
     assert b.drop.device.type == 'meta' and b.drop.shape == a.drop.shape
@@ -243,7 +244,7 @@ def test_mask_of_another_device(monkeypatch):
 
 def test_generator_of_a_device():
     "The same seed, the same mask; the next, another; the share is right"
-    def mask(g): return torch.rand(8, 64, 64, generator=A._generator_on('cpu', g)) < .1
+    def mask(g): return torch.rand(8, 64, 64, generator=device_generator(g, torch.device('cpu'))) < .1
     g = seeded(1)
     first, second = mask(g), mask(g)
     assert torch.equal(first, mask(seeded(1))) and not torch.equal(first, second) and abs(first.float().mean() - .1) < .01

@@ -4,7 +4,9 @@ Batches of 256 images of 224 px, a queue of 32768 keys, SGD, channels-last, torc
 alternated pairs, of three where one takes more than 0.3 s. Every figure is written to --save as soon as it is known; a part that fails
 is recorded and the next goes on; parts that --seconds leave no time for are named. tests/bench_step.py says how the released step is imitated.
 """
-import argparse, functools, json, statistics, tempfile, time, traceback
+import time
+BEGAN = time.monotonic()                                   # importing takes a while, and counts
+import argparse, functools, json, statistics, tempfile, traceback
 from pathlib import Path
 from typing import NamedTuple
 import numpy as np
@@ -45,7 +47,7 @@ class GpuBench(Bench):
     "Figures that are written at once, of calls that are waited for"
     def __init__(self, s, path, seconds, pairs):
         super().__init__(pairs, torch.get_num_threads())
-        self.s, self.path, self.end = s, path, time.monotonic() + seconds
+        self.s, self.path, self.end = s, path, BEGAN + seconds
         self.facts, self.failed, self.skipped, self.running = {}, {}, [], None
 
     def wait(self):

@@ -42,7 +42,7 @@ export NUMBA_CACHE_DIR="$site/numba"
 
     echo "== tests"
     cap=$(least "${caps[0]}")
-    timeout -k 5 "$cap" python3 -m pytest -v -p no:cacheprovider -rfEs --durations=15 -o addopts= -o junit_logging=all \
+    timeout -k 5 "$cap" python3 -m pytest -v -p no:cacheprovider -rfEs --durations=15 -o addopts= -o junit_logging=all -o junit_family=xunit1 \
         --junitxml="$out/tests.xml" tests/gpu
     echo "== benchmarks, $(left) s left"
     cap=$(least "${caps[1]}")

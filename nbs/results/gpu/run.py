@@ -7,8 +7,11 @@ Written whole after each network, so that a stop leaves what was done: DIR/run.j
 and DIR/scores.npz (probe and kNN scores of each test image, with hashed ids). The encoder of the first C2L run is kept in float16,
 in parts below 15 MB: c2l.safetensors.0, .1 …; `join` puts them together.
 """
-import argparse, hashlib, io, json, platform, time
-from concurrent.futures import ThreadPoolExecutor
+import time
+BEGAN = time.monotonic()                            # importing takes a while, and counts
+import argparse, functools, hashlib, io, json, platform, threading
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -18,15 +21,16 @@ from fastai.callback.channelslast import ChannelsLast
 from fastcore.basics import noop
 from PIL import Image
 import c2l_nb
-from c2l_nb.cache import pretrain_dls
+from c2l_nb.cache import pretrain_dls, to_square
 from c2l_nb.callback import C2LCallback, CosineDecay, c2l_opt
 from c2l_nb.core import choose_device, choose_precision
 from c2l_nb.datasets import label_matrix
+from c2l_nb.embed import extract_features, knn_predict, linear_probe
 from c2l_nb.encoder import Prepare, create_encoder
 from c2l_nb.health import CollapseGuard, HealthCallback
 from c2l_nb.metrics import auroc
 from c2l_nb.pretrain import Precision, choose_config, load_data
-from c2l_nb.scoring import Pool, ask, patient_of, tasks
+from c2l_nb.scoring import Pool, patient_of, tasks
 from c2l_nb.store import write_atomically
 from c2l_nb.weights import export_backbone
 
@@ -34,6 +38,7 @@ METHODS = dict(C2L='small', MoCo='small_moco')      # names of `choose_config`
 SEEDS = 3                                           # of both methods, that must fit into the time
 MOST_EPOCHS = 300
 PART = 15*2**20                                     # bytes of a part of a file
+LAST = 25                                           # seconds left for the last probe
 
 
 # ---- Files ----------------------------------------------------------------------------------------------------------
@@ -140,35 +145,57 @@ def speed(pool, method, s):
     return learn.clock.seconds[1]
 
 
-# ---- What is kept ---------------------------------------------------------------------------------------------------
+# ---- Scores ---------------------------------------------------------------------------------------------------------
+
+class Tasks:
+    "What the pool can be asked, and the images that this needs"
+    def __init__(self, pool):
+        self.asked, patient = tasks(pool.rows, 'test'), patient_of(pool.rows)
+        at = np.unique(np.concatenate([np.r_[train, test] for _, train, test in self.asked.values()]))
+        self.images = torch.from_numpy(np.stack([to_square(pool.images[i], pool.size) for i in at]))[:, None]
+        self.arrays, self.data = {}, {}
+        for task, (labels, train, test) in self.asked.items():
+            y, truth = (label_matrix(pool.rows.iloc[part], labels) for part in (train, test))
+            self.data[task] = np.searchsorted(at, train), np.searchsorted(at, test), y, truth, patient[train]
+            hashed = [hashlib.sha256(p.encode()).hexdigest()[:10] for p in patient[test]]
+            self.arrays |= {f'{task}/labels': np.array(labels), f'{task}/patient': np.array(hashed), f'{task}/truth': truth,
+                            f'{task}/image': np.array(pool.rows.image.iloc[test], dtype=str)}
+
+
+def judge(feats, data):
+    "task/probe and task/knn -> scores of the test images; on the CPU, in a process of its own"
+    held = {}
+    for task, (train, test, y, _, patient) in data.items():
+        held[f'{task}/knn'] = knn_predict(feats[train], y, feats[test]).numpy()
+        held[f'{task}/probe'] = linear_probe(feats[train], y, feats[test], groups=patient)[0].numpy()
+    return held
+
 
 class Results:
     "run.json and scores.npz, written whole after each network"
-    def __init__(self, out, pool, asked, about):
-        self.out, self.asked, self.about, self.arrays = Path(out), asked, about | dict(networks=[]), {}
+    def __init__(self, out, data, about):
+        self.out, self.data, self.about, self.arrays = Path(out), data, about | dict(networks=[]), dict(data.arrays)
+        self.lock = threading.Lock()
         self.out.mkdir(parents=True, exist_ok=True)
-        self.truth = {}
-        for task, (labels, _, at) in asked.items():
-            rows = pool.rows.iloc[at]
-            self.truth[task] = label_matrix(rows, labels)
-            patient = [hashlib.sha256(p.encode()).hexdigest()[:10] for p in patient_of(pool.rows)[at]]
-            self.arrays |= {f'{task}/labels': np.array(labels), f'{task}/image': np.array(rows.image, dtype=str),
-                            f'{task}/patient': np.array(patient), f'{task}/truth': self.truth[task]}
 
-    def add(self, name, held, seconds, log=None):
-        "Scores of one network"
-        self.arrays |= {f'{name}/{key}': scores.astype(np.float16) for key, scores in held.items()}
-        means = {key: float(np.nanmean([auroc(y, p) for y, p in zip(self.truth[key.split('/')[0]].T, scores.T)]))
+    def add(self, name, seconds, log, done):
+        "Scores of one network, once its probes are done"
+        held = done.result()
+        means = {key: np.nanmean([auroc(y, p) for y, p in zip(self.data.data[key.split('/')[0]][3].T, scores.T)])
                  for key, scores in held.items()}
-        told = dict(name=name, seconds=round(seconds, 1), auroc={k: round(v, 4) for k, v in means.items()})
-        self.about['networks'].append(told | dict(log=[] if log is None else log.round(5).to_dict('records')))
-        np.savez_compressed(data := io.BytesIO(), **self.arrays)
-        write_atomically(self.out/'scores.npz', data.getvalue())
+        told = dict(name=name, seconds=round(seconds, 1), auroc={k: round(float(v), 4) for k, v in means.items()})
+        with self.lock:
+            self.arrays |= {f'{name}/{key}': scores.astype(np.float16) for key, scores in held.items()}
+            self.about['networks'].append(told | dict(log=[] if log is None else log.round(5).to_dict('records')))
+            np.savez_compressed(packed := io.BytesIO(), **self.arrays)
+            write_atomically(self.out/'scores.npz', packed.getvalue())
         self.write()
         print(told, flush=True)
 
-    def write(self):
-        write_atomically(self.out/'run.json', json.dumps(self.about, indent=1).encode())
+    def write(self, **more):
+        with self.lock:
+            self.about |= more
+            write_atomically(self.out/'run.json', json.dumps(self.about, indent=1).encode())
 
 
 def keep_encoder(learn, out, about):
@@ -177,41 +204,44 @@ def keep_encoder(learn, out, about):
     split(export_backbone(learn.model, Path(out)/'c2l.safetensors', card, torch.float16))
 
 
-def run(pool, out, end, s):
-    "Untrained, then the seeds of both methods, while they fit"
-    asked = tasks(pool.rows, 'test')
-    names = dict(c2l_nb=c2l_nb.__version__, torch=torch.__version__, python=platform.python_version())
+def describe(pool, s):
+    "What run.json says before the first network"
+    versions = dict(c2l_nb=c2l_nb.__version__, torch=torch.__version__, python=platform.python_version())
     gpu = torch.cuda.get_device_name() if s['device'].type == 'cuda' else 'none'
-    about = dict(size=pool.size, images=len(pool.rows), train=int((pool.rows.split == 'train').sum()), gpu=gpu, versions=names,
-                 **{k: str(v) for k, v in s.items()})
-    results = Results(out, pool, asked, about)
+    return dict(size=pool.size, images=len(pool.rows), train=int((pool.rows.split == 'train').sum()), gpu=gpu, versions=versions,
+                **{k: str(v) for k, v in s.items()})
 
-    def score(name, body, prepare, start, log=None):
-        results.add(name, ask(body, prepare, pool, asked), time.monotonic() - start, log)
 
-    start = time.monotonic()
-    score('untrained_0', untrained(0, s), Prepare(channels=1), start)
-    scoring = time.monotonic() - start
-    epoch = {method: speed(pool, method, s) for method in METHODS}
-    left = .92*(end - time.monotonic()) - scoring*(3*SEEDS - 1)
-    epochs = int(min(s['epochs'] or MOST_EPOCHS, max(1, left/(SEEDS*sum(epoch.values())))))
-    results.about |= dict(epochs=epochs, seconds_an_epoch=epoch, seconds_of_scoring=scoring)
-    results.write()
-    for seed in range(s['seeds']):
-        for method in METHODS:
-            start = time.monotonic()
-            if (method, seed) != ('C2L', 0) and 1.05*epochs*epoch[method] + scoring > end - start:
-                return
-            learn, log = train(pool, method, seed, epochs, s)
-            if method == 'C2L' and seed == 0:
-                keep_encoder(learn, out, about)
-            score(f'{method}_{seed}', learn.model.student.backbone, learn.model.prepare, start, log)
-        if seed:
-            score(f'untrained_{seed}', untrained(seed, s), Prepare(channels=1), time.monotonic())
+def run(pool, out, end, s):
+    "Untrained, then the seeds of both methods, while they fit; probes are made beside, on the CPU"
+    data, about = Tasks(pool), describe(pool, s)
+    results = Results(out, data, about)
+    with ProcessPoolExecutor(4, get_context('fork'), torch.set_num_threads, (1,)) as judges:
+
+        def score(name, body, prepare, start, log=None):
+            feats = extract_features(body, data.images, s['device'], prepare=prepare)
+            done = judges.submit(judge, feats, data.data)
+            done.add_done_callback(functools.partial(results.add, name, time.monotonic() - start, log))
+
+        score('untrained_0', untrained(0, s), Prepare(channels=1), time.monotonic())
+        epoch = {method: speed(pool, method, s) for method in METHODS}
+        left = .92*(end - LAST - time.monotonic())
+        epochs = int(min(s['epochs'] or MOST_EPOCHS, max(1, left/(SEEDS*sum(epoch.values())))))
+        results.write(epochs=epochs, seconds_an_epoch=epoch)
+        for seed in range(s['seeds']):
+            for method in METHODS:
+                start = time.monotonic()
+                if (method, seed) != ('C2L', 0) and 1.05*epochs*epoch[method] + LAST > end - start:
+                    return
+                learn, log = train(pool, method, seed, epochs, s)
+                if method == 'C2L' and seed == 0:
+                    keep_encoder(learn, out, about)
+                score(f'{method}_{seed}', learn.model.student.backbone, learn.model.prepare, start, log)
+            if seed:
+                score(f'untrained_{seed}', untrained(seed, s), Prepare(channels=1), time.monotonic())
 
 
 if __name__ == '__main__':
-    began = time.monotonic()
     p = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     p.add_argument('--pool', help='folder with pool.bin and pool.csv; default: phantoms')
     p.add_argument('--out', required=True, help='folder for the results')
@@ -222,4 +252,4 @@ if __name__ == '__main__':
     toy = device.type == 'cpu'
     s = dict(device=device, arch='tiny' if toy else 'resnet18', batch=16 if toy else 256, precision='fp32' if toy else choose_precision('auto', device),
              epochs=1 if toy else None, seeds=1 if toy else 20)
-    run(read(args.pool, 32 if toy else 112, toy), args.out, began + args.seconds, s)
+    run(read(args.pool, 32 if toy else 112, toy), args.out, BEGAN + args.seconds, s)

@@ -185,7 +185,7 @@ class KeepBest(Callback):
 
 # %% ../nbs/27_pretrain.ipynb #aee20977
 PHANTOM_RECIPE = dict(batch_size=64, queue_size=1024, momentum=.99, crop=(.6, 1.), flip=0., cutout=(1, 16), jitter=.2, head='linear',
-                      lr=.01, schedule='cosine', warmup=.05, epochs=30)      # with the encoder 'tiny'; found by trials on phantoms
+                      lr=.005, schedule='cosine', warmup=.05, epochs=30)      # with the encoder 'tiny'; found by trials on phantoms
 PHANTOM_DEFAULTS = dict(arch='tiny', size=48, n_phantoms=4096)
 LEAST_STEPS = dict(tiny=300, other=1500)   # of the optimiser; shorter runs usually end below an untrained network
 
@@ -767,12 +767,14 @@ def _timed(asked, config, sample, folder, warm=3, steps=20):
     "Seconds a step, seconds an image to describe, peak memory and the size of a checkpoint, from steps on batches made of the sample"
     images = sample[np.arange(8*config.batch_size) % len(sample)]
     rows = pd.DataFrame(dict(patient=np.arange(len(images)).astype(str), split='train'))
-    learn = _learner(folder/'run', config, asked.arch, images, rows, [], '', asked.precision, 10., asked.device, asked.workers, asked.accumulate)
-    learn.remove_cbs([CollapseGuard, HealthCallback, C2LCheckpoint])
-    learn.add_cb(timer := _Timer(warm + steps))
-    with warnings.catch_warnings(), learn.no_bar(), learn.no_logging():
-        warnings.simplefilter('ignore')
-        learn.fit(warm + steps, lr=config.lr)
+    timer = _Timer(warm + steps)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                     # of a pool that holds few images; the run's will be another
+        learn = _learner(folder/'run', config, asked.arch, images, rows, [], '', asked.precision, 10., asked.device, asked.workers, asked.accumulate)
+        learn.remove_cbs([CollapseGuard, HealthCallback, C2LCheckpoint])
+        learn.add_cb(timer)
+        with learn.no_bar(), learn.no_logging():
+            learn.fit(warm + steps, lr=config.lr)
     step = float(np.median(np.diff(timer.ends)[warm - 1:]))
     start = time.perf_counter()
     extract_features(learn.model, torch.from_numpy(images[:256])[:, None])

@@ -42,14 +42,14 @@ export NUMBA_CACHE_DIR="$site/numba"
 
     echo "== tests"
     cap=$(least "${caps[0]}")
-    timeout -k 5 "$cap" python3 -m pytest -v -p no:cacheprovider -rfEs --durations=15 -o addopts= -o junit_logging=all -o junit_family=xunit1 \
-        --junitxml="$out/tests.xml" tests/gpu
+    timeout -k 15 "$cap" python3 -m pytest -v -p no:cacheprovider -rfEs --durations=15 -o addopts= -o junit_logging=all -o junit_family=xunit1 \
+        --junitxml="$out/tests.xml" tests/gpu/test_gpu_step.py tests/gpu/test_gpu_learner.py tests/gpu/test_gpu_commands.py
     echo "== benchmarks, $(left) s left"
     cap=$(least "${caps[1]}")
-    timeout -k 5 "$cap" python3 -W ignore tests/bench_gpu.py --device "$device" --seconds $((cap - 5)) --save "$out/bench.json"
+    timeout -k 15 "$cap" python3 -W ignore tests/bench_gpu.py --device "$device" --seconds $((cap - 5)) --save "$out/bench.json"
     echo "== experiment, $(left) s left"
     cap=$(left)
-    [ "$cap" -lt 10 ] || timeout -k 5 "$cap" python3 -W ignore nbs/results/gpu/run.py --device "$device" --seconds $((cap - 5)) --out "$out" "${pool[@]}"
+    [ "$cap" -lt 10 ] || timeout -k 15 "$cap" python3 -W ignore nbs/results/gpu/run.py --device "$device" --seconds $((cap - 5)) --out "$out" "${pool[@]}"
     echo "== $(left) s left"
 } 2>&1 | tee "$out/log.txt"
 

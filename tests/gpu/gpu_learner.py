@@ -4,11 +4,11 @@ import torch
 from torch import nn
 from fastai.basics import Callback, Learner
 from fastcore.basics import noop
-from c2l_nb.cache import pretrain_dls
-from c2l_nb.callback import C2LCallback, c2l_opt
-from c2l_nb.encoder import create_encoder
-from c2l_nb.model import C2LConfig
-from c2l_nb.phantom import phantom_batch
+from c2l_nb.data.cache import pretrain_dls
+from c2l_nb.training.callback import C2LCallback, c2l_opt
+from c2l_nb.method.encoder import create_encoder
+from c2l_nb.method.model import C2LConfig
+from c2l_nb.data.phantom import phantom_batch
 
 TEMPERATURE = .07
 
@@ -42,7 +42,7 @@ def make_learner(images, bs, *cbs, body=None, arch='resnet18', device=None, **co
 
 
 class Record(Callback):
-    "What each batch used and what it left behind, as tests/reference.py names it, on the CPU"
+    "What each batch used and what it left behind, as tests/helpers/reference.py names it, on the CPU"
     order, run_valid = 95, False
 
     def __init__(self):

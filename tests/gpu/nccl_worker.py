@@ -3,8 +3,8 @@ import copy, os
 import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from c2l_nb.distributed import DistributedC2L, gather
-from c2l_nb.model import C2L, C2LConfig
+from c2l_nb.training.distributed import DistributedC2L, gather
+from c2l_nb.method.model import C2L, C2LConfig
 from gpu_learner import tiny
 
 GPU = torch.cuda.is_available()

@@ -28,7 +28,7 @@ caps=(180 120)
 left() { echo $((limit - $(date +%s) + began)); }
 least() { echo $(($1 < $(left) ? $1 : $(left))); }
 
-export PYTHONUNBUFFERED=1 MPLBACKEND=agg C2L_TEST_DEVICE=$device PYTHONPATH="$PWD:$PWD/tests${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 MPLBACKEND=agg C2L_TEST_DEVICE=$device PYTHONPATH="$PWD:$PWD/tests/helpers:$PWD/tests/gpu:$PWD/tests/bench${PYTHONPATH:+:$PYTHONPATH}"
 export NUMBA_CACHE_DIR="$site/numba"
 [ "$device" != cpu ] || export CUDA_VISIBLE_DEVICES=
 {
@@ -46,7 +46,7 @@ export NUMBA_CACHE_DIR="$site/numba"
         --junitxml="$out/tests.xml" tests/gpu/test_gpu_step.py tests/gpu/test_gpu_learner.py tests/gpu/test_gpu_commands.py
     echo "== benchmarks, $(left) s left"
     cap=$(least "${caps[1]}")
-    timeout -k 15 "$cap" python3 -W ignore tests/bench_gpu.py --device "$device" --seconds $((cap - 5)) --save "$out/bench.json"
+    timeout -k 15 "$cap" python3 -W ignore tests/bench/bench_gpu.py --device "$device" --seconds $((cap - 5)) --save "$out/bench.json"
     echo "== experiment, $(left) s left"
     cap=$(left)
     [ "$cap" -lt 10 ] || timeout -k 15 "$cap" python3 -W ignore nbs/results/gpu/run.py --device "$device" --seconds $((cap - 5)) --out "$out" "${pool[@]}"

@@ -7,8 +7,10 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from c2l_nb import detect, finetune, gallery
-from c2l_nb.store import checkpoints, load_checkpoint
+from c2l_nb.tasks import detect
+from c2l_nb.tasks import classify as finetune
+from c2l_nb.tasks import embed as gallery
+from c2l_nb.training.run_folder import checkpoints, load_checkpoint
 from gpu_learner import phantoms
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings('ignore')]

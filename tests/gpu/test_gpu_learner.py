@@ -7,10 +7,10 @@ import torch
 from fastai.basics import Callback
 from fastai.callback.channelslast import ChannelsLast
 import c2l_nb
-from c2l_nb.cache import labelled_dls
-from c2l_nb.embed import extract_features
-from c2l_nb.health import CollapseGuard, HealthCallback, OnlineProbe
-from c2l_nb.pretrain import Precision
+from c2l_nb.data.cache import labelled_dls
+from c2l_nb.evaluation.features import extract_features
+from c2l_nb.training.monitoring import CollapseGuard, HealthCallback, OnlineProbe
+from c2l_nb.tasks.pretrain import Precision
 from gpu_learner import make_learner, noise, phantoms, state_of, tiny
 
 pytestmark = [pytest.mark.cuda, pytest.mark.filterwarnings('ignore:the queue of', 'ignore:Your generator is empty')]

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from fastai.basics import Callback
 from fastai.callback.channelslast import ChannelsLast
-from c2l_nb.augment import C2LAugment
-from c2l_nb.phantom import seeded
-from c2l_nb.pretrain import Precision
+from c2l_nb.method.augment import C2LAugment
+from c2l_nb.data.phantom import seeded
+from c2l_nb.tasks.pretrain import Precision
 from gpu_learner import TEMPERATURE, Record, make_learner, on_cpu, phantoms, state_of, tiny
 from reference import algorithm1_step, compare
 

@@ -1,4 +1,4 @@
-"""Audit the real radiographs: the files that notebook 01b computes from.
+"""Audit the real radiographs: the files that notebook 15 computes from.
 
     export C2L_RADIOGRAPHS=/path/to/radiographs
     python nbs/results/audit/audit.py
@@ -13,9 +13,9 @@ import numpy as np, pandas as pd
 from PIL import Image
 from fastprogress.fastprogress import progress_bar
 from c2l_nb import __version__
-from c2l_nb.audit import audit_leaks, differences, hash_bits, small_square
-from c2l_nb.radiograph import read_radiograph
-from c2l_nb.labels import fingerprint, index_csv
+from c2l_nb.data.leakage import audit_leaks, differences, hash_bits, small_square
+from c2l_nb.data.read import read_radiograph
+from c2l_nb.data.table import fingerprint, index_csv
 
 here = Path(__file__).parent
 short = lambda text: hashlib.sha256(text.encode()).hexdigest()[:10]

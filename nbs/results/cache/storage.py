@@ -1,4 +1,4 @@
-"""How fast random batches come from a plain .npy memory map, from HDF5 and from Zarr: the figures behind notebook 03's choice of storage.
+"""How fast random batches come from a plain .npy memory map, from HDF5 and from Zarr: the figures behind notebook 16's choice of storage.
 
     pip install h5py zarr
     python nbs/results/cache/storage.py

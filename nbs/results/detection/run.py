@@ -1,4 +1,4 @@
-"""Train the detectors that notebook 43 computes from: untrained and pretrained bodies, phantoms and real radiographs.
+"""Train the detectors that notebook 73 computes from: untrained and pretrained bodies, phantoms and real radiographs.
 
     python nbs/results/detection/run.py --data phantoms --work RUNS
     export C2L_RADIOGRAPHS=/path/to/radiographs
@@ -13,8 +13,8 @@ import argparse, hashlib, json, os, platform, sys, time
 from pathlib import Path
 import numpy as np, pandas as pd, torch, torchvision
 from c2l_nb import __version__
-from c2l_nb.boxes import SCORES, coco_ap, map_table, read_predictions, score_images
-from c2l_nb.detect import detect, load_detection
+from c2l_nb.evaluation.detection_metrics import SCORES, coco_ap, map_table, read_predictions, score_images
+from c2l_nb.tasks.detect import detect, load_detection
 
 here = Path(__file__).parent
 short = lambda text: hashlib.sha256(str(text).encode()).hexdigest()[:10]

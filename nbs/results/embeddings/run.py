@@ -1,4 +1,4 @@
-"""Measure the features of a pretraining as it goes on: the files that notebook 41 computes from.
+"""Measure the features of a pretraining as it goes on: the files that notebook 71 computes from.
 
     c2l_pretrain --data phantoms --phantoms 2000 --size 48 --epochs 30 --snapshots 3 --precision bf16 --seed 0 --out RUN
     python nbs/results/embeddings/run.py RUN
@@ -15,13 +15,13 @@ import numpy as np, pandas as pd, torch, torchvision
 import torch.nn.functional as F
 from torch import nn
 from c2l_nb import __version__
-from c2l_nb.cache import load_squares, read_items, to_square
-from c2l_nb.embed import extract_features, retrieval_at_1
-from c2l_nb.encoder import Prepare, create_encoder
-from c2l_nb.explain import box_scores, decode, grad_cam
-from c2l_nb.gallery import nearest
-from c2l_nb.phantom import phantom, seeded
-from c2l_nb.weights import load_backbone, read_card
+from c2l_nb.data.cache import load_squares, read_items, to_square
+from c2l_nb.evaluation.features import extract_features, retrieval_at_1
+from c2l_nb.method.encoder import Prepare, create_encoder
+from c2l_nb.evaluation.attribution import box_scores, decode, grad_cam
+from c2l_nb.tasks.embed import nearest
+from c2l_nb.data.phantom import phantom, seeded
+from c2l_nb.training.weights import load_backbone, read_card
 
 here = Path(__file__).parent
 PATIENTS, MAPPED, FIRST = 400, 200, 100_000             # patients scored, and on the map, two images each; the first seed: far from any of a pool
@@ -184,7 +184,7 @@ def phantoms(run, out):
 def radiographs(path, out, size, most):
     "Coordinates of real radiographs, split valid, `most` of each data set and view"
     if 'C2L_RADIOGRAPHS' not in os.environ: sys.exit('set C2L_RADIOGRAPHS to the folder of the radiographs')
-    from c2l_nb.embed import umap_coords
+    from c2l_nb.evaluation.features import umap_coords
     root = Path(os.environ['C2L_RADIOGRAPHS'])
     table = read_items(root/'index.csv')
     table['set'] = [Path(p).relative_to(root.resolve()).parts[0] for p in table.path]

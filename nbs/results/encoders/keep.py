@@ -7,12 +7,12 @@ RUN is a finished folder of `c2l_pretrain`. The file beside this one has the run
 import sys
 from pathlib import Path
 import torch
-from c2l_nb.weights import export_backbone, load_backbone, read_card
+from c2l_nb.training.weights import export_backbone, load_backbone, read_card
 
 here = Path(__file__).parent
 SOURCE = ("train split of 3,278 chest radiographs without their labels: Kermany et al. 2018 (children of 1 to 5 years, CC BY 4.0) and a sample of "
           "ChestX-ray14, Wang et al. 2017")
-LIMITS = ("48 px, few images, one seed: notebook 40 has what it gives on other patients, with intervals; half precision rounds features by about 1e-3")
+LIMITS = ("48 px, few images, one seed: notebook 70 has what it gives on other patients, with intervals; half precision rounds features by about 1e-3")
 
 for run in map(Path, sys.argv[1:]):
     path = run/'backbone.safetensors'

@@ -1,4 +1,4 @@
-"""Probe and fine-tune the encoders of nbs/results/encoders on real radiographs: the files that notebook 42 computes from.
+"""Probe and fine-tune the encoders of nbs/results/encoders on real radiographs: the files that notebook 72 computes from.
 
     export C2L_RADIOGRAPHS=/path/to/radiographs
     python nbs/results/finetuning/run.py --work RUNS            # everything, some two hours of one core; goes on where it was stopped
@@ -11,8 +11,8 @@ the curves on valid, and run.json with commands, seeds, versions and processor t
 import argparse, hashlib, json, os, time
 from pathlib import Path
 import pandas as pd, torch
-from c2l_nb.compare import cell_name, read_run
-from c2l_nb.finetune import finetune
+from c2l_nb.evaluation.comparison import cell_name, read_run
+from c2l_nb.tasks.classify import finetune
 
 here = Path(__file__).parent
 INITS = dict(untrained='untrained', MoCo=here.parent/'encoders'/'moco.safetensors', C2L=here.parent/'encoders'/'c2l.safetensors')

@@ -1,4 +1,4 @@
-"""Score the backbones of runs on the labelled radiographs: the files that notebook 40 computes from.
+"""Score the backbones of runs on the labelled radiographs: the files that notebook 70 computes from.
 
     export C2L_RADIOGRAPHS=/path/to/radiographs
     python nbs/results/first_run/score.py RUN [RUN ...] --split valid
@@ -13,11 +13,11 @@ import numpy as np, pandas as pd, torch
 from torch import nn
 from fastprogress.fastprogress import progress_bar
 from c2l_nb import __version__
-from c2l_nb.cache import load_squares
-from c2l_nb.datasets import index_csv
-from c2l_nb.embed import extract_features, knn_predict, linear_probe
-from c2l_nb.encoder import Prepare, create_encoder
-from c2l_nb.weights import load_backbone, read_card
+from c2l_nb.data.cache import load_squares
+from c2l_nb.data.collections import index_csv
+from c2l_nb.evaluation.features import extract_features, knn_predict, linear_probe
+from c2l_nb.method.encoder import Prepare, create_encoder
+from c2l_nb.training.weights import load_backbone, read_card
 
 here = Path(__file__).parent
 TASKS = dict(kermany=['NORMAL', 'bacteria', 'virus'], nih=['No Pneumonia', 'Pneumonia'])

@@ -21,18 +21,18 @@ from fastai.callback.channelslast import ChannelsLast
 from fastcore.basics import noop
 from PIL import Image
 import c2l_nb
-from c2l_nb.cache import pretrain_dls, to_square
-from c2l_nb.callback import C2LCallback, CosineDecay, c2l_opt
+from c2l_nb.data.cache import pretrain_dls, to_square
+from c2l_nb.training.callback import C2LCallback, CosineDecay, c2l_opt
 from c2l_nb.core import choose_device, choose_precision
-from c2l_nb.datasets import label_matrix
-from c2l_nb.embed import extract_features, knn_predict, linear_probe
-from c2l_nb.encoder import Prepare, create_encoder
-from c2l_nb.health import CollapseGuard, HealthCallback
-from c2l_nb.metrics import auroc
-from c2l_nb.pretrain import Precision, choose_config, load_data
-from c2l_nb.scoring import Pool, patient_of, tasks
-from c2l_nb.store import write_atomically
-from c2l_nb.weights import export_backbone
+from c2l_nb.data.collections import label_matrix
+from c2l_nb.evaluation.features import extract_features, knn_predict, linear_probe
+from c2l_nb.method.encoder import Prepare, create_encoder
+from c2l_nb.training.monitoring import CollapseGuard, HealthCallback
+from c2l_nb.evaluation.metrics import auroc
+from c2l_nb.tasks.pretrain import Precision, choose_config, load_data
+from c2l_nb.paper.scoring import Pool, patient_of, tasks
+from c2l_nb.training.run_folder import write_atomically
+from c2l_nb.training.weights import export_backbone
 
 METHODS = dict(C2L='small', MoCo='small_moco')      # names of `choose_config`
 SEEDS = 3                                           # of both methods, that must fit into the time

@@ -1,4 +1,4 @@
-"""What a table of radiographs says without a pixel, for notebook 21a: hashed ids, view, size, data set, label.
+"""What a table of radiographs says without a pixel, for notebook 34: hashed ids, view, size, data set, label.
 
     export C2L_RADIOGRAPHS=/path/to/radiographs
     python nbs/results/shortcut/rows.py
@@ -8,7 +8,7 @@ nbs/results/first_run, so that scores of models can be joined.
 """
 import hashlib, os, sys
 from pathlib import Path
-from c2l_nb.datasets import index_csv
+from c2l_nb.data.collections import index_csv
 
 short = lambda text: hashlib.sha256(text.encode()).hexdigest()[:10]
 

@@ -1,4 +1,4 @@
-"""Tables 1 and 3 and what goes beyond, at small scale, on real radiographs: the files that notebook 44 computes from.
+"""Tables 1 and 3 and what goes beyond, at small scale, on real radiographs: the files that notebook 74 computes from.
 
     export C2L_RADIOGRAPHS=/path/to/radiographs OMP_NUM_THREADS=1
     python nbs/results/tables/run.py --work RUNS --jobs 2           # everything, some eight hours of one core; goes on where it was stopped
@@ -12,9 +12,9 @@ hashed patients; what is true of the images; the curves; the losses; the table o
 import argparse, hashlib, json, os, shlex, sys
 from pathlib import Path
 import numpy as np, pandas as pd, torch
-from c2l_nb.datasets import label_matrix
-from c2l_nb.scoring import _file, patient_of, read_pool, score, tasks, tune
-from c2l_nb.tables import folder_of, plan, run_table, settings
+from c2l_nb.data.collections import label_matrix
+from c2l_nb.paper.scoring import _file, patient_of, read_pool, score, tasks, tune
+from c2l_nb.paper.tables import folder_of, plan, run_table, settings
 
 here = Path(__file__).parent
 RESNET = [f'ResNet-18 {m}' for m in ('MG', 'MoCo', 'C2L', 'untrained')]

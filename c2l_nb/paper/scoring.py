@@ -25,7 +25,7 @@ from ..evaluation.comparison import compare
 from ..tasks.classify import run_cell
 from ..evaluation.detection_metrics import map_difference, map_table
 from .genesis import LITE0_STATS, imagenet_lite0
-from .ablations import PAPER
+from .experiments import PAPER
 from .experiments import ARCHS, Start, reference
 
 # %% ../../nbs/6_paper/62_scoring.ipynb #83bb04f4

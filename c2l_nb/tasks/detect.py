@@ -31,7 +31,7 @@ from ..core import choose_device, one_process
 from ..data.phantom import FINDINGS, PREVALENCE, phantom, seeded
 from ..data.table import DataError, fingerprint, index_csv, split_patients
 from ..data.collections import rsna_pneumonia
-from ..data.squares import load_squares
+from ..data.cache import load_squares
 from ..data.cache import PoolDL, build_cache
 from ..method.encoder import IMAGENET_MEAN, IMAGENET_STD, Prepare, create_encoder, in_channels
 from ..training.callback import CosineDecay

@@ -28,7 +28,7 @@ from .. import __version__
 from ..core import choose_device, choose_precision, has_bf16, precision_speed, set_deterministic
 from ..data.phantom import phantom_batch, seeded
 from ..data.collections import DataError, fingerprint, label_matrix
-from ..data.squares import _follow_parent
+from ..data.cache import _follow_parent
 from ..data.cache import RadiographCache, build_cache, labelled_dls, patient_ids, pretrain_dls, read_items, to_square
 from ..method.encoder import create_encoder
 from ..method.model import C2LConfig

@@ -37,12 +37,11 @@ PUBLIC = {                                                    # what users and l
     'training.distributed': 'distributed setup',
     'tasks.pretrain': 'pretrain main',
     'tasks.targets': 'make_targets check_split draw_fraction',
-    'tasks.classifier': 'Classifier RECIPE',
-    'tasks.classify': 'finetune main',
+    'tasks.classify': 'Classifier RECIPE finetune main',
     'tasks.detect': 'detect Detector',
     'tasks.embed': 'embed_images main',
+    'paper.experiments': 'PAPER ablation slips',
     'paper.genesis': 'pretrain_genesis imagenet_lite0',
-    'paper.ablations': 'PAPER ablation slips',
     'paper.tables': 'run_table commands main',
 }
 LATER = set()

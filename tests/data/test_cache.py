@@ -7,10 +7,10 @@ from filelock import FileLock
 from PIL import Image
 from torch import nn
 from c2l_nb.data import cache
-from c2l_nb.data import squares
+from c2l_nb.data import cache as squares
 from c2l_nb.data.cache import GOOD, PoolDL, RadiographCache, Squares, build_cache, labelled_dls, main, pretrain_dls
 from c2l_nb.training.callback import C2LCallback, c2l_opt
-from c2l_nb.data.squares import load_squares, read_items, read_squares, to_square
+from c2l_nb.data.cache import load_squares, read_items, read_squares, to_square
 from c2l_nb.data.table import DataError
 from stand_in import devices_in_fit, other_default
 

@@ -5,7 +5,7 @@ from PIL import Image
 from c2l_nb.evaluation.detection_metrics import (IOUS, SCORES, check_boxes, coco_ap, image_score, image_size, map_difference, map_table, read_boxes, read_predictions,
                           score_images, square_boxes, unsquare, write_predictions)
 from c2l_nb.data.phantom import write_phantoms
-from c2l_nb.data.squares import to_square
+from c2l_nb.data.cache import to_square
 from c2l_nb.data.table import DataError, index_csv
 
 # The competition's rules once more: no array, exact integers where the boxes are integers

@@ -272,7 +272,7 @@ def test_command(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match='decoupled must be one of'): module.main(out=str(tmp_path/'no'), set='decoupled=perhaps')
 
 def test_the_table():
-    from c2l_nb.paper.ablations import ABLATIONS, PAPER, ablation
+    from c2l_nb.paper.experiments import ABLATIONS, PAPER, ablation
     assert list(ABLATIONS['beyond']) == ['C2L', 'False negatives masked (image)', 'False negatives masked (patient)', 'Decoupled'] and 'beyond' not in PAPER
     assert ablation('beyond', 'C2L') == C2LConfig() and ablation('beyond', 'Decoupled') == C2LConfig(decoupled=True)
     assert ablation('beyond', 'False negatives masked (patient)').false_negatives == 'patient'

@@ -3,10 +3,10 @@ import os, shlex
 import numpy as np, pandas as pd, pytest, torch
 import c2l_nb.paper.genesis as baselines, c2l_nb.paper.scoring as scoring, c2l_nb.paper.tables as module
 from fastai.basics import no_random
-from c2l_nb.paper.ablations import ABLATIONS, PAPER, QUEUES, ablation, slips
+from c2l_nb.paper.experiments import ABLATIONS, PAPER, QUEUES, ablation, slips
 from c2l_nb.evaluation.metrics import auroc_table, paired_difference
 from c2l_nb.method.model import C2L, C2LConfig
-from c2l_nb.tasks.classifier import features_of, finetune_learner, load_body
+from c2l_nb.tasks.classify import features_of, finetune_learner, load_body
 from c2l_nb.method.encoder import create_encoder
 from c2l_nb.data.phantom import phantom_batch
 from c2l_nb.tasks.pretrain import _number, choose_config

@@ -5,7 +5,7 @@ from fastcore.script import anno_parser
 from safetensors.torch import save_file
 from torch import nn
 import c2l_nb.tasks.classify as module
-from c2l_nb.tasks.classifier import Classifier, KeepBest, features_of, finetune_learner, load_body, splitter
+from c2l_nb.tasks.classify import Classifier, KeepBest, features_of, finetune_learner, load_body, splitter
 from c2l_nb.evaluation.comparison import compare, read_run, roc_points
 from c2l_nb.data.collections import CHEXPERT5, CHEXPERT14, DataError
 from c2l_nb.method.encoder import Prepare, create_encoder

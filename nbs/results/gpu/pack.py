@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from PIL import Image
-from c2l_nb.data.squares import to_square
+from c2l_nb.data.cache import to_square
 
 QUALITIES = 90, 80, 70, 60, 50, 45, 40, 35, 30
 

@@ -6,8 +6,8 @@
 __all__ = ['CHESTXRAY14', 'CHEXPERT14', 'CHEXPERT5', 'UNSURE', 'CHEXPERT_POLICY', 'RSNA_MAP', 'MEDMNIST', 'PUBLISHED',
            'CHECKSUMS', 'chestxray14', 'chestxray14_boxes', 'chexpert', 'chexpert_labels', 'mimic_cxr', 'mura',
            'rsna_pneumonia', 'medmnist', 'paper_pool', 'ablation_split', 'TensorRadiograph', 'PILRadiograph',
-           'RadiographBlock', 'DataError', 'audit_leaks', 'checksum', 'fingerprint', 'folder', 'index_csv',
-           'label_matrix', 'missing_files', 'shared_patients', 'split_patients', 'unlabelled']
+           'RadiographBlock', 'DataError', 'checksum', 'fingerprint', 'folder', 'index_csv', 'label_matrix',
+           'missing_files', 'shared_patients', 'split_patients', 'unlabelled']
 
 # %% ../../nbs/1_data/14_collections.ipynb #3fd3f3a0
 import json, os, warnings
@@ -17,13 +17,12 @@ from fastai.data.block import TransformBlock
 from fastai.data.transforms import IntToFloatTensor
 from fastai.vision.core import PILImageBW, TensorImageBW
 from PIL import Image
-from .leakage import audit_leaks
 from .read import read_radiograph
 from .table import DataError, checksum, fingerprint, folder, index_csv, label_matrix, missing_files
 from .table import shared_patients, split_patients, unlabelled, _drop_missing, _read_csv, _some
 
 # %% ../../nbs/1_data/14_collections.ipynb #7685c902
-_all_ = ['DataError', 'audit_leaks', 'checksum', 'fingerprint', 'folder', 'index_csv', 'label_matrix', 'missing_files',
+_all_ = ['DataError', 'checksum', 'fingerprint', 'folder', 'index_csv', 'label_matrix', 'missing_files',
          'shared_patients', 'split_patients', 'unlabelled']           # of 01a and 01b, so that one import is enough
 
 # %% ../../nbs/1_data/14_collections.ipynb #707e4ff7

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np, pandas as pd, torch
 from matplotlib import pyplot as plt
 from .metrics import auroc, bootstrap, patient_counts, _float64, _scores, _table
-from .report import facts, picture, table as html_table, write_report
+from ..core import facts, picture, table as html_table, write_report
 
 # %% ../../nbs/3_evaluation/31_comparison.ipynb #072d50bb
 def compare(

@@ -22,7 +22,8 @@ from ..method.encoder import IMAGENET_MEAN, IMAGENET_STD, Encoder, Prepare, crea
 from ..training.callback import CosineDecay, c2l_opt
 from ..evaluation.features import eval_mode
 from ..training.checkpoint import C2LCheckpoint, resume as resume_run
-from ..training.weights import WeightsError, export_backbone, write_atomically
+from ..training.weights import WeightsError, export_backbone
+from ..core import write_atomically
 from ..tasks.pretrain import Precision, load_data
 
 # %% ../../nbs/6_paper/60_genesis.ipynb #e769d229

@@ -17,7 +17,7 @@ from ..data.cache import to_square
 from ..method.encoder import Prepare, create_encoder
 from ..evaluation.metrics import auroc
 from ..evaluation.features import extract_features, knn_predict, linear_probe
-from ..training.run_folder import write_atomically
+from ..core import write_atomically
 from ..training.weights import load_backbone, read_card
 from ..tasks.pretrain import load_data, probe_labels, probe_rows
 from ..tasks.targets import make_targets

@@ -14,7 +14,8 @@ from filelock import FileLock
 from ..core import one_process
 from ..data.collections import label_matrix
 from ..method.model import C2LConfig
-from ..training.run_folder import checkpoints, write_atomically
+from ..training.run_folder import checkpoints
+from ..core import write_atomically
 from ..training.checkpoint import resume as resume_run, settle
 from ..training.weights import export_backbone, load_backbone
 from ..tasks.pretrain import Snapshots, _learner

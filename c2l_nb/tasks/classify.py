@@ -19,7 +19,8 @@ from ..core import choose_device, one_process
 from ..data.cache import read_items
 from ..evaluation.features import _mean_auroc, linear_probe
 from ..training.checkpoint import _differences
-from ..training.weights import WeightsError, read_card, write_atomically
+from ..training.weights import WeightsError, read_card
+from ..core import write_atomically
 from .pretrain import Precision, load_data, with_rows
 from .targets import Targets, check_fraction, check_split, check_targets
 from .targets import draw_fraction, make_targets, patient_codes

@@ -37,9 +37,9 @@ from ..method.encoder import IMAGENET_MEAN, IMAGENET_STD, Prepare, create_encode
 from ..training.callback import CosineDecay
 from ..evaluation.features import eval_mode
 from ..training.checkpoint import C2LCheckpoint, resume as resume_run
-from ..training.run_folder import write_atomically
+from ..core import write_atomically
 from ..training.weights import WeightsError, load_backbone, read_card
-from ..evaluation.report import facts, picture, table, write_report
+from ..core import facts, picture, table, write_report
 from .pretrain import Precision
 from ..evaluation.detection_metrics import check_boxes, draw_boxes, map_table, read_boxes, score_images, square_boxes, unsquare, write_predictions
 

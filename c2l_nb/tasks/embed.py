@@ -21,8 +21,9 @@ from ..data.cache import DataError, RadiographCache, build_cache, read_items, to
 from ..evaluation.metrics import _codes
 from ..method.encoder import Prepare, in_channels
 from ..evaluation.features import _check, extract_features, umap_coords
-from ..training.weights import WeightsError, load_backbone, read_card, write_atomically
-from ..evaluation.report import facts, picture, write_report
+from ..training.weights import WeightsError, load_backbone, read_card
+from ..core import write_atomically
+from ..core import facts, picture, write_report
 
 # %% ../../nbs/5_tasks/56_embed.ipynb #9e0849b9
 def _model_card(path):

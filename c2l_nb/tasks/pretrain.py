@@ -36,11 +36,12 @@ from ..training.callback import C2LCallback, CosineDecay, CountFalseNegatives, P
 from ..evaluation.metrics import auroc_table, bootstrap, paired_difference, patient_counts
 from ..evaluation.features import extract_features, knn_predict, linear_probe, plot_embedding, retrieval_hits, umap_coords
 from ..training.monitoring import HEALTHY, CollapseGuard, HealthCallback, OnlineProbe, plot_panel
-from ..training.run_folder import checkpoints, write_atomically
+from ..training.run_folder import checkpoints
+from ..core import write_atomically
 from ..training.checkpoint import C2LCheckpoint, learner_state, resume as resume_run, settle
 from ..training.distributed import distributed, rank0, ranks, run_mark, setup
 from ..training.weights import export_backbone, load_backbone, read_card
-from ..evaluation.report import captioned, facts, folded, forest, picture, png_tag, table as html_table, text, write_report
+from ..core import captioned, facts, folded, forest, picture, png_tag, table as html_table, text, write_report
 
 # %% ../../nbs/5_tasks/51_pretrain.ipynb #87dbc7f7
 def _drawer():

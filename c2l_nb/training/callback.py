@@ -10,7 +10,7 @@ __all__ = ['C2LLoss', 'C2LCallback', 'CountFalseNegatives', 'Precision', 'show_p
 import copy, warnings
 import torch
 from torch import Tensor
-from fastai.basics import Callback, L, OptimWrapper, ValueMetric, get_model, num_distrib
+from fastai.basics import Callback, L, Learner, OptimWrapper, ValueMetric, get_model, num_distrib
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixHandler
 from fastai.callback.schedule import ParamScheduler, SchedCos
@@ -317,6 +317,13 @@ def show_pairs(
     cosine = lambda a, b: torch.nn.functional.normalize(a[:n])@torch.nn.functional.normalize(b[:n]).T
     for ax, pair in zip((axs[0, -1], axs[2, -1] if len(rows) > 2 else None), ((q, k), (q_mix, k_mix))):
         if ax: ax.imshow(cosine(*pair).cpu(), vmin=-1, vmax=1, cmap='RdBu_r'); ax.set_title('cosine', fontsize=7)
+
+@patch
+def show_pairs(self:Learner,
+    n:int=4, # images to show, at most the batch
+):
+    "`show_pairs(learn)`: views, mixed views and cosines of one batch."
+    return show_pairs(self, n)
 
 # %% ../../nbs/4_training/41_callback.ipynb #3b764ac5
 def c2l_opt(

@@ -16,7 +16,8 @@ from fastai.learner import SkipToEpoch
 from fastcore.basics import patch
 from torch import Tensor
 from .. import __version__
-from .run_folder import CheckpointError, checkpoints, load_checkpoint, save_checkpoint, write_atomically
+from .run_folder import CheckpointError, checkpoints, load_checkpoint, save_checkpoint
+from ..core import write_atomically
 
 # %% ../../nbs/4_training/45_checkpoint.ipynb #84e24be0
 def _get_random(r): version, ints, gauss = r.getstate(); return [version, torch.tensor(ints), gauss]

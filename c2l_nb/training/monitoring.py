@@ -11,7 +11,8 @@ import math
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
 from torch import Tensor
-from fastai.basics import Callback, CancelFitException, ValueMetric, get_model
+from fastai.basics import Callback, CancelFitException, Learner, ValueMetric, get_model
+from fastcore.basics import patch
 from matplotlib import pyplot as plt
 from ..core import gather, ranks
 from ..evaluation.metrics import auroc
@@ -222,3 +223,8 @@ def plot_health(
     for name, ax in zip(HEALTHY, axs):
         plot_panel(log, name, ax)
     return fig
+
+@patch
+def plot_health(self:Learner): # a figure
+    "`plot_health` of this run; needs `HealthCallback`."
+    return plot_health(self.health.log)

@@ -12,11 +12,13 @@ from dataclasses import asdict, is_dataclass
 from pathlib import Path
 import hashlib, html, json, re, zipfile
 import torch
+from fastai.basics import Learner
+from fastcore.basics import patch
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save
 from torch import Tensor, nn
 from ..method.encoder import Encoder, Prepare, create_encoder, ends_in_linear, in_channels
-from .run_folder import write_atomically
+from ..core import write_atomically
 
 # %% ../../nbs/4_training/43_weights.ipynb #1e3720b7
 class WeightsError(ValueError):
@@ -61,6 +63,14 @@ def export_backbone(model:nn.Module, # A body, an `Encoder`, or the model that `
     def cast(t): return t.to('cpu', dtype if t.is_floating_point() else t.dtype).contiguous().clone()
     tensors = {_plain(k): cast(t) for k, t in body.state_dict().items()}
     return write_atomically(path, save(tensors, dict(format='pt', card=text, sha256=_digest(tensors, text))))
+
+@patch
+def export_backbone(self:Learner,
+    path:str|Path, # file to write, *.safetensors
+    card:dict|None=None, # what the model card says besides
+) -> Path: # `path`
+    "`export_backbone(learn.model, path, card)`: the trained backbone in one file."
+    return export_backbone(self.model, path, card)
 
 # %% ../../nbs/4_training/43_weights.ipynb #b8b698fb
 def _unpickle(path):

@@ -181,7 +181,7 @@ def test_clock_and_steps(tmp_path):
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
     "The write happens in another thread, of a copy: later steps do not reach it"
-    threads, hold, write = [], threading.Event(), store._write
+    threads, hold, write = [], threading.Event(), store.write_synced
     def slow(path, data): threads.append(threading.current_thread()); hold.wait(20); write(path, data)
     learn = learner('sgd', tmp_path, die=('raise', 0, 3), steps=1)
     first = []
@@ -189,7 +189,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):
         first.append(learn.model.student.backbone[0].weight.detach().clone())
         if learn.iter == 1: hold.set()                  # the second batch was trained during the first write
     learn.noise.after_batch = after_batch
-    monkeypatch.setattr(store, '_write', slow)
+    monkeypatch.setattr(store, 'write_synced', slow)
     with pytest.raises(InterruptedError): fit(learn)
     assert threading.main_thread() not in threads and len(first) == 3
     for path, done in zip(store.checkpoints(tmp_path), (2, 3)):
@@ -261,7 +261,7 @@ def die_at_call(k):
             if half: Path(args[0]).write_bytes(args[1][:len(args[1])//2])
             os.kill(os.getpid(), signal.SIGKILL)
         return f(*args, **kw)
-    store._write = partial(dying, store._write, half=True)
+    store.write_synced = partial(dying, store.write_synced, half=True)
     for module, names in ((os, ('fsync', 'rename', 'replace', 'mkdir')), (os, ('unlink', 'rmdir'))):
         for name in names: setattr(module, name, partial(dying, getattr(module, name)))
 

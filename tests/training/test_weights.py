@@ -6,7 +6,8 @@ from copy import deepcopy
 from torch import nn
 from safetensors.torch import load_file, save_file
 from c2l_nb.method.encoder import Encoder, Prepare, ProjectionHead, create_encoder
-from c2l_nb.training.weights import LAYOUTS, WeightsError, card_markdown, export_backbone, load_backbone, read_card, write_atomically
+from c2l_nb.training.weights import LAYOUTS, WeightsError, card_markdown, export_backbone, load_backbone, read_card
+from c2l_nb.core import write_atomically
 
 def seen(arch, **kw):
     "A body whose BatchNorm statistics have moved"

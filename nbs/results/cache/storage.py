@@ -7,10 +7,10 @@ Writes storage.json beside this file. The same 4,000 squares of 256 px lie in ea
 contiguous, Zarr also in shards of 250); a figure is the median time of batches of 256 random squares, read in sorted order from
 files that the system already holds in memory, the three by turns. A storage's `times` is its median over that of the memory map.
 """
-import json, statistics, tempfile
+import argparse, json, statistics, tempfile
 from pathlib import Path
 from time import perf_counter, process_time
-import h5py, numpy as np, zarr
+import numpy as np
 
 N, SIZE, BATCH, ROUNDS = 4000, 256, 256, 15
 
@@ -18,6 +18,7 @@ def storages(folder, images):
     "name -> function from sorted positions to squares, each tried on the first batch"
     shape, one = images.shape, (1, SIZE, SIZE)
     np.save(folder/'images.npy', images)
+    import h5py, zarr
     h5 = h5py.File(folder/'images.h5', 'w')
     h5.create_dataset('contiguous', data=images); h5.create_dataset('chunks', data=images, chunks=one)
     def z(name, **kw):
@@ -38,6 +39,8 @@ def storages(folder, images):
             'zarr chunks': lambda at: plain.oindex[at], 'zarr shards': lambda at: shards.oindex[at]}
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    import h5py, zarr
     rng, clock = np.random.default_rng(0), dict(wall=perf_counter, processor=process_time)
     images = rng.integers(0, 256, (N, SIZE, SIZE), dtype=np.uint8)
     spent = {}

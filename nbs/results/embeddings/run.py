@@ -1,6 +1,6 @@
 """Measure the features of a pretraining as it goes on: the files that notebook 71 computes from.
 
-    c2l_pretrain --data phantoms --phantoms 2000 --size 48 --epochs 30 --snapshots 3 --precision bf16 --seed 0 --out RUN
+    c2l_pretrain --data phantoms --arch resnet18 --config small --phantoms 2000 --size 48 --epochs 30 --snapshots 3 --precision bf16 --seed 0 --out RUN
     python nbs/results/embeddings/run.py RUN
     export C2L_RADIOGRAPHS=/path/to/radiographs
     python nbs/results/embeddings/run.py --encoder FILE

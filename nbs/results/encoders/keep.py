@@ -4,7 +4,7 @@
 
 RUN is a finished folder of `c2l_pretrain`. The file beside this one has the run's name, torchvision's key names and the run's card, with sources and limits added.
 """
-import sys
+import argparse
 from pathlib import Path
 import torch
 from c2l_nb.training.weights import export_backbone, load_backbone, read_card
@@ -14,6 +14,12 @@ SOURCE = ("train split of 3,278 chest radiographs without their labels: Kermany 
           "ChestX-ray14, Wang et al. 2017")
 LIMITS = ("48 px, few images, one seed: notebook 70 has what it gives on other patients, with intervals; half precision rounds features by about 1e-3")
 
-for run in map(Path, sys.argv[1:]):
-    path = run/'backbone.safetensors'
-    print(export_backbone(load_backbone(path), here/f'{run.name}.safetensors', read_card(path) | dict(source=SOURCE, limits=LIMITS), torch.float16))
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('runs', metavar='RUN', nargs='+', type=Path)
+    for run in parser.parse_args().runs:
+        path = run/'backbone.safetensors'
+        card = read_card(path) | dict(source=SOURCE, limits=LIMITS)
+        print(export_backbone(load_backbone(path), here/f'{run.name}.safetensors', card, torch.float16))
+
+if __name__ == '__main__': main()

@@ -6,13 +6,14 @@
 Writes rows.csv beside this file: the chest radiographs of the splits train and valid (test is left alone). The hashes are those of
 nbs/results/first_run, so that scores of models can be joined.
 """
-import hashlib, os, sys
+import argparse, hashlib, os, sys
 from pathlib import Path
 from c2l_nb.data.collections import index_csv
 
 short = lambda text: hashlib.sha256(text.encode()).hexdigest()[:10]
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     if 'C2L_RADIOGRAPHS' not in os.environ: sys.exit('set C2L_RADIOGRAPHS to the folder of the radiographs')
     root = Path(os.environ['C2L_RADIOGRAPHS'])
     table = index_csv(root/'index.csv')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CM', 'MU', 'PATIENT', 'POSE', 'SIDES', 'LUNG', 'DOME', 'HEART', 'GREAT', 'TRUNK', 'AIRWAY', 'CLAVICLE', 'D', 'BLOBS',
-           'PREVALENCE', 'FINDINGS', 'DIFFUSE', 'GLYPH', 'FORMATS', 'SPLITS', 'ellipsoid', 'overlap', 'union', 'Grid',
-           'tubes', 'seeded', 'body', 'Phantom', 'phantom', 'phantom_batch', 'write_phantoms']
+           'PREVALENCE', 'FINDINGS', 'DIFFUSE', 'DRAWN', 'GLYPH', 'FORMATS', 'SPLITS', 'ellipsoid', 'overlap', 'union',
+           'Grid', 'tubes', 'seeded', 'body', 'Phantom', 'phantom', 'phantom_batch', 'write_phantoms']
 
 # %% ../../nbs/1_data/11_phantom.ipynb #71845c75
 import math
@@ -316,6 +316,7 @@ def _finding(name, seed, G):
     box = int(xs[0]), int(ys[0]), int(xs[-1]-xs[0]+1), int(ys[-1]-ys[0]+1)
     region[box[1]:box[1]+box[3], box[0]:box[0]+box[2]] = True
     return delta, region, (name, *box), known
+DRAWN = '0.1.0'       # version of the package that last changed what a phantom looks like: runs on phantoms carry it
 
 # %% ../../nbs/1_data/11_phantom.ipynb #514bd18f
 GLYPH = dict(L=[(0,0,0,1),(0,1,.6,1)], A=[(0,1,.3,0),(.3,0,.6,1),(.12,.6,.48,.6)],

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPE', 'Classifier', 'load_body', 'splitter', 'adam', 'whole', 'Views', 'FrozenStay', 'ValidAUROC', 'KeepBest',
-           'finetune_learner', 'features_of', 'probe_scores', 'run_cell', 'name_inits', 'plan', 'card_size', 'finetune',
-           'main']
+           'finetune_learner', 'features_of', 'probe_scores', 'run_cell', 'name_inits', 'plan', 'card_size',
+           'card_arch', 'finetune', 'main']
 
 # %% ../../nbs/5_tasks/53_classify.ipynb #19b70030
 import hashlib, json, platform, re, shlex, sys, time
@@ -299,6 +299,23 @@ def card_size(
                     f"views of {default} px: the backbones' cards name no common size", "(another: --size)")
     return size or default
 
+def card_arch(
+    inits:dict, # of `name_inits`
+    default:str='resnet18', # paper
+) -> str:
+    "The architecture that the cards of the backbone files name, if they agree; the default else."
+    archs = set()
+    for path in inits.values():
+        if Path(path).is_file():
+            try:
+                archs.add(read_card(path).get('arch'))
+            except WeightsError:
+                archs.add(None)
+    arch = archs.pop() if len(archs) == 1 else None
+    if arch and arch != default:
+        print(f"networks are {arch}, as the cards of the backbones say (another: --arch)")
+    return arch or default
+
 # %% ../../nbs/5_tasks/53_classify.ipynb #c9ec2fee
 def _check(out, resume, settings, inits, draws, seeds):
     "Refuse what cannot work, load every body once; returns the folder and the SHA-256 of each init's file"
@@ -391,7 +408,8 @@ def _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, 
 def finetune(
     data:str='phantoms', # 'phantoms', an index CSV (file, patient, split, labels or columns of findings), or its cache
     out:str='c2l_finetune', # folder for everything the run leaves; new, unless `resume`
-    init=('untrained',), arch:str='resnet18', # untrained, imagenet, files, NAME=file, others compared with the first
+    init=('untrained',), # untrained, imagenet, files, NAME=file, others compared with the first
+    arch:str|None=None, # of all of them; None: the backbones' cards' if they agree, else resnet18 (paper)
     size:int|None=None, # of the views, px; None: the backbones' cards' if they agree, else 224 (paper), see `card_size`
     epochs:int=50, # paper
     batch:int=64, lr:float=1e-4, wd:float=1e-5, crop:float=.2, # see `RECIPE`
@@ -413,7 +431,7 @@ def finetune(
     device = choose_device(device)
     inits = name_inits(init)
     if size is None: size = card_size(inits)
-    s = dict(arch=arch, size=size, epochs=epochs, batch=batch, lr=lr, wd=wd, crop=crop, mode=mode, task=task,
+    s = dict(arch=arch or card_arch(inits), size=size, epochs=epochs, batch=batch, lr=lr, wd=wd, crop=crop, mode=mode, task=task,
              policy=policy, freeze_epochs=freeze_epochs, discriminative=discriminative, precision=precision)
     return _finetune(data, out, inits, s, labels, fractions, draws, seeds, n_phantoms, resume, where, cache, n_boot,
                      device)
@@ -476,7 +494,7 @@ def main(
     data:str='phantoms', # phantoms, an index CSV (file, patient, split, labels or columns of findings), or a cache
     out:str='c2l_finetune', # Folder for everything the run leaves
     init:str='', # untrained, imagenet, files, NAME=file, in one pair of quotes; default: untrained, and c2l_run's
-    arch:str='resnet18', # Architecture of all of them; resnet18 and densenet121 are the paper's
+    arch:str=None, # Architecture of all of them; default: the backbones' cards' if they agree, else resnet18 (paper)
     size:int=None, # Side of the views, px; default: the backbones' cards' if they agree, else 224 (paper), phantoms 48
     epochs:int=None, # Default 50 (paper), for phantoms 12
     batch:int=64, # Images a step

@@ -26,7 +26,7 @@ from matplotlib import pyplot as plt
 from torch import nn
 from .. import __version__
 from ..core import choose_device, choose_precision, has_bf16, precision_speed, set_deterministic
-from ..data.phantom import phantom_batch, seeded
+from ..data.phantom import DRAWN, phantom_batch, seeded
 from ..data.collections import DataError, fingerprint, label_matrix
 from ..data.cache import _follow_parent
 from ..data.cache import RadiographCache, build_cache, labelled_dls, patient_ids, pretrain_dls, read_items, to_square
@@ -79,7 +79,7 @@ def _phantoms(n, size, progress):
     images, rows = zip(*_draw(n, size, progress))
     rows = pd.concat(rows, ignore_index=True)
     rows = rows.assign(split=_split(rows.seed), source='phantoms')
-    return np.concatenate(images), rows, f'phantoms {__version__} n={n} size={size}'
+    return np.concatenate(images), rows, f'phantoms {DRAWN} n={n} size={size}'
 
 # %% ../../nbs/5_tasks/51_pretrain.ipynb #b0413789
 def load_data(

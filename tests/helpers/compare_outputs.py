@@ -1,7 +1,7 @@
 """Which text outputs of notebooks differ from those of an earlier revision: python tests/helpers/compare_outputs.py REV
 
-A notebook that was moved is found under its old path by git. Cells are compared in order; one line per difference, nothing where
-nothing differs; the exit status is the number of notebooks with differences.
+A notebook that was moved is found under its old path by git, or by the table of CHANGELOG.md. Cells are compared that have the same id; the lines
+that differ are printed, nothing where nothing differs; the exit status is the number of notebooks with differences.
 """
 import argparse, difflib, json, re, subprocess, sys
 from pathlib import Path
@@ -13,12 +13,17 @@ def git(*args):
 
 def old_paths(rev):
     "New path -> path in `rev`"
-    paths = {p: p for p in git('ls-tree', '-r', '--name-only', rev, 'nbs').splitlines() if p.endswith('.ipynb')}
+    there = git('ls-tree', '-r', '--name-only', rev, 'nbs').splitlines()
+    paths = {p: p for p in there if p.endswith('.ipynb')}
+    told = re.findall(r'^\| (\w+) \| (\w+/\w+) \|', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+    for old, new in told:
+        if f'nbs/{old}.ipynb' in there:
+            paths.setdefault(f'nbs/{new}.ipynb', []).append(f'nbs/{old}.ipynb')
     for line in git('diff', '--name-status', '-M30%', rev, '--', 'nbs').splitlines():
         status, *names = line.split('\t')
         if status.startswith('R') and names[0].endswith('.ipynb'):
-            paths[names[1]] = names[0]
-    return paths
+            paths.setdefault(names[1], [names[0]])
+    return {new: [old] if isinstance(old, str) else old for new, old in paths.items()}
 
 def texts(cell):
     "What a cell printed, without pictures"
@@ -29,16 +34,17 @@ def texts(cell):
     return re.sub(r'0x[0-9a-f]+', '0x', '\n'.join(said))
 
 def codes(notebook):
-    return [cell for cell in notebook['cells'] if cell['cell_type'] == 'code']
+    "Id -> code cell"
+    return {cell['id']: cell for cell in notebook['cells'] if cell['cell_type'] == 'code' and 'id' in cell}
 
-def differences(new, old):
-    "(cell, removed and added lines) of two notebooks"
-    a, b = [texts(c) for c in codes(old)], [texts(c) for c in codes(new)]
-    if len(a) != len(b):
-        yield None, [f'{len(a)} code cells became {len(b)}']
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y:
-            yield i, [l for l in difflib.ndiff(x.splitlines(), y.splitlines()) if l[0] in '+-']
+def differences(new, olds):
+    "(place of the cell, removed and added lines); a notebook may have been made of several"
+    before = {key: cell for old in olds for key, cell in codes(old).items()}
+    for i, cell in enumerate(new['cells']):
+        old = before.get(cell.get('id'))
+        if cell['cell_type'] == 'code' and old and texts(cell) != texts(old):
+            lines = difflib.ndiff(texts(old).splitlines(), texts(cell).splitlines())
+            yield i, [line for line in lines if line[0] in '+-']
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -50,8 +56,8 @@ def main():
         if name not in before:
             print(f'{name}: is new')
             continue
-        old = json.loads(git('show', f'{rev}:{before[name]}'))
-        found = list(differences(json.loads(path.read_text(encoding='utf-8')), old))
+        olds = [json.loads(git('show', f'{rev}:{old}')) for old in before[name]]
+        found = list(differences(json.loads(path.read_text(encoding='utf-8')), olds))
         changed += bool(found)
         for cell, lines in found:
             print(f'{name} cell {cell}:', *lines, sep='\n    ')

@@ -9,7 +9,7 @@ from c2l_nb.tasks.classify import Classifier, KeepBest, features_of, finetune_le
 from c2l_nb.evaluation.comparison import compare, read_run, roc_points
 from c2l_nb.data.collections import CHEXPERT5, CHEXPERT14, DataError
 from c2l_nb.method.encoder import Prepare, create_encoder
-from c2l_nb.tasks.classify import card_size, finetune, plan
+from c2l_nb.tasks.classify import card_arch, card_size, finetune, plan
 from c2l_nb.evaluation.metrics import auroc
 from c2l_nb.tasks.targets import LabelLoss, Targets, check_fraction, check_split, check_targets, draw_fraction, make_targets
 from c2l_nb.training.weights import WeightsError, export_backbone
@@ -129,6 +129,14 @@ def test_command_takes_the_cards_size(cards, how, size, monkeypatch):
 def test_function_takes_the_cards_size(cards, monkeypatch):
     monkeypatch.setattr(module, '_finetune', lambda data, out, inits, s, *args: s['size'])
     assert finetune(init=[cards[0]]) == 48 and finetune(init=[cards[0]], size=32) == 32 and finetune() == 224
+
+def test_arch_is_the_cards_if_they_agree(tmp_path, monkeypatch):
+    "After the first command of README, c2l_finetune without options takes its small network"
+    tiny, large = (export_backbone(create_encoder(arch, channels=1), tmp_path/f'{arch}.safetensors') for arch in ('tiny', 'resnet18'))
+    assert card_arch({'untrained': 'untrained'}) == 'resnet18' == card_arch({'C2L': str(tiny), 'other': str(large)})
+    assert card_arch({'untrained': 'untrained', 'C2L': str(tiny)}) == 'tiny'
+    monkeypatch.setattr(module, '_finetune', lambda data, out, inits, s, *args: s['arch'])
+    assert finetune(init=[str(tiny)]) == 'tiny' and finetune(init=[str(tiny)], arch='resnet18') == 'resnet18'
 
 # Choices
 

@@ -23,7 +23,7 @@ from .table import shared_patients, split_patients, unlabelled, _drop_missing, _
 
 # %% ../../nbs/1_data/14_collections.ipynb #7685c902
 _all_ = ['DataError', 'checksum', 'fingerprint', 'folder', 'index_csv', 'label_matrix', 'missing_files',
-         'shared_patients', 'split_patients', 'unlabelled']           # of 01a and 01b, so that one import is enough
+         'shared_patients', 'split_patients', 'unlabelled']           # of notebook 13, so that one import is enough
 
 # %% ../../nbs/1_data/14_collections.ipynb #707e4ff7
 def _root(root):

@@ -34,7 +34,7 @@ from ..method.encoder import create_encoder
 from ..method.model import C2LConfig
 from ..training.callback import C2LCallback, CosineDecay, CountFalseNegatives, Precision, StepDecay, c2l_opt
 from ..evaluation.metrics import auroc_table, bootstrap, paired_difference, patient_counts
-from ..evaluation.features import extract_features, knn_predict, linear_probe, plot_embedding, retrieval_hits, umap_coords
+from ..evaluation.features import L2S, extract_features, knn_predict, linear_probe, plot_embedding, retrieval_hits, umap_coords
 from ..training.monitoring import HEALTHY, CollapseGuard, HealthCallback, OnlineProbe, plot_panel
 from ..training.run_folder import checkpoints
 from ..core import write_atomically
@@ -245,7 +245,8 @@ def compare_probes(
     train, test = probe_rows(rows, 'train'), probe_rows(rows, asked)
     groups = rows.patient.where(rows.patient.notna(), rows.index.astype(str)).astype(str).values
     feats = {name: extract_features(body, x) for name, body in bodies.items()}
-    scores = {n: linear_probe(f[train], y[train], f[test], groups=groups[train])[0] for n, f in feats.items()}
+    # strengths below .01 take longer than all others together, and on phantoms none of them was chosen
+    scores = {n: linear_probe(f[train], y[train], f[test], groups=groups[train], l2s=L2S[:4])[0] for n, f in feats.items()}
     table = pd.concat([auroc_table(y[test], p, groups[test], labels).assign(features=n) for n, p in scores.items()])
     first, second = list(scores.values())[:2]
     return table, paired_difference(y[test], first, second, groups[test], labels), feats
@@ -334,8 +335,8 @@ def verdict(
     words = "The network learned" if low > 0 else "The network ended below its own start" if high < 0 else "It is not clear that the network learned"
     first = f"{words} from {images:,} images without their labels: on patients that it never saw, {_found(scores)}."
     if low > 0:
-        return first, "backbone.safetensors can be fine-tuned (c2l_finetune --init backbone.safetensors); longer training or more images may still improve it."
-    return first, f"Train for longer ({max(2*epochs, least):,} epochs, say: --resume --epochs {max(2*epochs, least)} goes on with this run) or on more images."
+        return first, "The backbone.safetensors of this run can be fine-tuned (c2l_finetune --init); longer training or more images may still improve it."
+    return first, f"Train for longer ({max(2*epochs, least):,} epochs, say: the same command with --resume --epochs {max(2*epochs, least)} goes on with this run) or on more images."
 
 # %% ../../nbs/5_tasks/51_pretrain.ipynb #9a6a78de
 def _column(log, name): return pd.to_numeric(log[name], errors='coerce') if name in log else None
@@ -458,6 +459,8 @@ def _precision(asked, device):
 def _fill(asked, about):
     "Put what a run takes in place of each option that was left open; `about`: config.json of the run that is resumed, or {}"
     before, drawn = _before(about) if about else {}, asked.data == 'phantoms'
+    if before and drawn and about['data']['name'] != 'phantoms':
+        raise ValueError(f"{asked.out} was trained on {about['data']['name']}: give --data again (and --where, if it was given)")
     asked.named = asked.precision != 'auto'
     if before:
         asked.precision = before['precision'] if asked.precision == 'auto' else asked.precision
@@ -857,4 +860,4 @@ def main(
     except (ValueError, ImportError, OSError, RuntimeError) as e:
         raise SystemExit(f"c2l_pretrain: {e}") from e
     if not rank_distrib() and not kwargs.get('plan'):
-        print(f"Wrote {out}: see report.html; the backbone is backbone.safetensors")
+        print(f"Wrote {out}/report.html and {out}/backbone.safetensors")

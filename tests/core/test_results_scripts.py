@@ -1,5 +1,5 @@
 "Scripts under nbs/results answer --help, and the commands that made what is stored there still parse."
-import inspect, json, runpy, shlex, sys
+import inspect, json, shlex, subprocess, sys
 from pathlib import Path
 import pytest
 from fastcore.script import anno_parser
@@ -8,13 +8,27 @@ from c2l_nb.tasks.pretrain import main
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT/'nbs'/'results').glob('*/*.py'))
 
-@pytest.mark.parametrize('path', SCRIPTS, ids=lambda p: f'{p.parent.name}/{p.name}')
-def test_script_explains_itself(path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', [str(path), '--help'])
-    monkeypatch.syspath_prepend(path.parent)
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(path), run_name='__main__')
-    assert not end.value.code and 'usage' in capsys.readouterr().out
+HELP = """import contextlib, io, json, runpy, sys
+from pathlib import Path
+said = {}
+for path in sys.argv[1:]:
+    sys.argv, out = [path, '--help'], io.StringIO()
+    sys.path.insert(0, str(Path(path).parent))
+    with contextlib.redirect_stdout(out):
+        try:
+            runpy.run_path(path, run_name='__main__')
+        except SystemExit as end:
+            said[path] = out.getvalue() if not end.code else str(end.code)
+    sys.path.pop(0)
+print(json.dumps(said))"""
+
+def test_scripts_explain_themselves():
+    "In a process of their own: what they import and set does not reach other tests"
+    paths = [str(p) for p in SCRIPTS]
+    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', HELP, *paths], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert paths and not [path for path in paths if 'usage' not in said.get(path, '')]
 
 def commands(tree):
     "What stands under `command`, anywhere in a JSON file; a newer form under `command_today` takes its place"

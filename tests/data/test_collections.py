@@ -190,10 +190,9 @@ def test_real_index():
 # Tables: what came with the published collections
 
 def test_datasets_exports_the_tables():
-    "One import serves all of the notebooks 13, 15 and 14"
+    "One import serves notebooks 13 and 14"
     for n in 'DataError fingerprint folder index_csv label_matrix shared_patients split_patients unlabelled'.split():
         assert getattr(datasets, n) is getattr(labels, n) and n in datasets.__all__
-    assert 'audit_leaks' in datasets.__all__
 
 def test_missing_files(tmp_path):
     "Whether a folder is listed or asked file by file, the answer is that of isfile; links are followed, folders are no files"

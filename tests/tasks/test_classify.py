@@ -255,7 +255,7 @@ def test_bad_backbones_are_refused_before_anything_is_read(tmp_path, monkeypatch
     monkeypatch.setattr(module, 'load_data', lambda *a: pytest.fail('images were read'))
     for name, words in bad_files(tmp_path).items():
         path = next(tmp_path.glob(f'{name}.*'))
-        with pytest.raises(WeightsError, match=words) as e: finetune(out=tmp_path/'out', init=['untrained', str(path)], **TINY)
+        with pytest.raises(WeightsError, match=words) as e: finetune(out=tmp_path/'out', init=['untrained', str(path)], arch='resnet18', **TINY)
         assert str(path) in str(e.value) and not (tmp_path/'out').exists()
 
 def test_head_of_another_width_is_left_out_and_said(tmp_path, capsys):

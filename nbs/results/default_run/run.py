@@ -20,7 +20,7 @@ def main():
     for seed in args.seeds:
         out = args.work/f'seed-{seed}'
         if not (out/'report.html').is_file():
-            pretrain(out=str(out), seed=seed)
+            pretrain(out=str(out), seed=seed, resume=(out/'config.json').is_file())
         scores.append(pd.read_csv(out/'scores.csv').assign(seed=seed))
         logs.append(pd.read_csv(out/'log.csv').drop(columns='time').assign(seed=seed))
     pd.concat(scores).to_csv(here/'scores.csv', index=False, float_format='%.4f')

@@ -152,7 +152,7 @@ class Net(nn.Module):
 
 @pytest.fixture(scope='module')
 def scores():
-    "Trained on 240 patients (the least AUROC is then .98 with 1 or 2 threads); AUROC of network and of mean brightness on 60 others, by finding"
+    "Trained on 240 patients (the least AUROC was then .98, with one thread); AUROC of network and of mean brightness on 60 others, by finding"
     torch.set_num_threads(1)
     (x, y), (xv, yv) = with_and_without(range(1000, 1240)), with_and_without(range(60))
     target = F.one_hot(y, len(FINDINGS)+1)[:,1:].float()

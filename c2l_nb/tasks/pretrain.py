@@ -188,7 +188,7 @@ class KeepBest(Callback):
 PHANTOM_RECIPE = dict(batch_size=64, queue_size=1024, momentum=.99, crop=(.6, 1.), flip=0., cutout=(1, 16), jitter=.2, head='linear',
                       lr=.005, schedule='cosine', warmup=.05, epochs=30)      # with the encoder 'tiny'; found by trials on phantoms
 PHANTOM_DEFAULTS = dict(arch='tiny', size=48, n_phantoms=4096)
-LEAST_STEPS = dict(tiny=300, other=1500)   # of the optimiser; not measured yet: taken from single runs that ended below an untrained network
+LEAST_STEPS = dict(tiny=300, other=1500)   # of the optimiser; starting values, not measured yet
 
 def enough_steps(
     config:C2LConfig, # of the run

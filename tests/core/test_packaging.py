@@ -1,5 +1,5 @@
 "What is shipped, and that what is generated or stored beside the code is in step with it"
-import ast, configparser, email, importlib.util, json, os, re, shlex, shutil, subprocess, sys, tarfile, zipfile
+import ast, configparser, email, importlib.util, json, os, re, runpy, shlex, shutil, subprocess, sys, tarfile, zipfile
 from pathlib import Path
 import pytest
 
@@ -182,3 +182,8 @@ def test_every_import_is_declared():
         found |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level}
         outside = {f.split('.')[0] for f in found} - set(sys.stdlib_module_names)
         assert {names.get(f, f) for f in outside} <= declared, name
+
+def test_diagram_is_drawn_by_its_script():
+    "nbs/images/c2l.svg is what nbs/images/c2l.py draws"
+    drawn = runpy.run_path(str(ROOT/'nbs'/'images'/'c2l.py'))['diagram']()
+    assert (ROOT/'nbs'/'images'/'c2l.svg').read_text(encoding='utf-8') == drawn

@@ -218,17 +218,28 @@ def linear_probe(train_feats, # Features, M×F
     return _predict(W, valid if test_feats is None else scale('test_feats', test_feats), one_class), l2s[best]
 
 # %% ../../nbs/3_evaluation/32_features.ipynb #fd0012f9
+def _nearest(features, n, batch=1024):
+    "For each row its `n` nearest under cosine distance, itself first: positions and distances, both N×n"
+    unit = F.normalize(features.double())
+    found = [(1 - part@unit.T).topk(n, largest=False) for part in unit.split(batch)]
+    distances, positions = (torch.cat(part) for part in zip(*found))
+    return positions.int().numpy(), distances.clamp_min(0).float().numpy()
+
 def umap_coords(feats, # Features, N×F
                 seed:int=42, # The map depends on it
                 n_neighbors:int=15, # UMAP's default: larger sees more of the whole
                 min_dist:float=.1, # UMAP's default: smaller packs tighter
                )->np.ndarray: # N×2, float32
     "Coordinates of a UMAP under cosine distance. ValueError names `feats` if NaN or fewer than 4 images."
-    f = _check('feats', feats).float().cpu().numpy()
-    if len(f)<4: raise ValueError(f"feats has {len(f)} images, a map needs at least 4")
+    feats = _check('feats', feats).float().cpu()
+    if len(feats) < 4:
+        raise ValueError(f"feats has {len(feats)} images, a map needs at least 4")
     from umap import UMAP  # slow to import
-    return UMAP(n_neighbors=min(n_neighbors, len(f)-1), min_dist=min_dist, metric='cosine', random_state=seed,
-                n_jobs=1).fit_transform(f)
+    n = min(n_neighbors, len(feats) - 1)
+    # exact neighbours, found here: UMAP's own search is compiled anew in each process, which takes longer than all the rest
+    mapper = UMAP(n_neighbors=n, min_dist=min_dist, metric='cosine', random_state=seed, n_jobs=1,
+                  precomputed_knn=_nearest(feats, n), force_approximation_algorithm=True)
+    return mapper.fit_transform(feats.numpy())
 
 # %% ../../nbs/3_evaluation/32_features.ipynb #8ad2ee1a
 def plot_embedding(coords, # N×2

@@ -10,7 +10,8 @@ from c2l_nb.evaluation import features as embed
 from c2l_nb.evaluation import attribution as explain
 from c2l_nb.tasks import embed as gallery
 from c2l_nb.data.cache import DataError
-from c2l_nb.evaluation.features import (_folds, eval_mode, extract_features, knn_predict, linear_probe, plot_embedding, retrieval_at_1, umap_coords)
+from sklearn.neighbors import NearestNeighbors
+from c2l_nb.evaluation.features import (_folds, _nearest, eval_mode, extract_features, knn_predict, linear_probe, plot_embedding, retrieval_at_1, umap_coords)
 from c2l_nb.method.encoder import Prepare, create_encoder
 from c2l_nb.evaluation.metrics import auroc, patient_counts
 from c2l_nb.data.phantom import write_phantoms
@@ -418,3 +419,12 @@ def test_grad_cam_is_the_class_activation_map_and_leaves_no_trace(x):
     assert torch.allclose(cam, want, atol=1e-6)
     hit = explain.box_scores(torch.ones(1, 8, 8), [(0, 0, 4, 4)])[0].tolist()
     assert hit == [.25, .25, .25]
+
+def test_map_gets_the_exact_neighbours():
+    "Each row's nearest under cosine distance, itself first, against scikit-learn; in parts as at once"
+    f = torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    positions, distances = _nearest(f, 7, batch=16)
+    finder = NearestNeighbors(n_neighbors=7, metric='cosine', algorithm='brute').fit(f.double().numpy())
+    expected, order = finder.kneighbors(f.double().numpy())
+    assert np.array_equal(positions, order) and np.allclose(distances, expected, atol=1e-6)
+    assert np.array_equal(positions[:, 0], np.arange(60))

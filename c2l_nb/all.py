@@ -8,7 +8,7 @@ from .data.table import folder, index_csv
 from .data.collections import RadiographBlock, chestxray14, chexpert, medmnist, mimic_cxr, mura, rsna_pneumonia
 from .data.leakage import audit_leaks
 from .data.cache import RadiographCache, build_cache, labelled_dls, patient_ids, pretrain_dls
-from .method.encoder import create_encoder
+from .method.encoder import Prepare, create_encoder
 from .method.augment import C2LAugment
 from .method.model import C2L, C2LConfig, config_diff
 from .evaluation.metrics import auroc_table, paired_difference

@@ -7,6 +7,7 @@ __all__ = ['L2S', 'eval_mode', 'extract_features', 'knn_predict', 'retrieval_hit
            'umap_coords', 'plot_embedding', 'plot_umap']
 
 # %% ../../nbs/3_evaluation/32_features.ipynb #7a5fcd2a
+import warnings
 from contextlib import contextmanager, nullcontext
 import numpy as np, pandas as pd, torch
 import torch.nn.functional as F
@@ -236,10 +237,12 @@ def umap_coords(feats, # Features, N×F
         raise ValueError(f"feats has {len(feats)} images, a map needs at least 4")
     from umap import UMAP  # slow to import
     n = min(n_neighbors, len(feats) - 1)
-    # exact neighbours, found here: UMAP's own search is compiled anew in each process, which takes longer than all the rest
+    # exact neighbours, found here: UMAP's own search is compiled anew in each process, longer than all the rest
     mapper = UMAP(n_neighbors=n, min_dist=min_dist, metric='cosine', random_state=seed, n_jobs=1,
                   precomputed_knn=_nearest(feats, n), force_approximation_algorithm=True)
-    return mapper.fit_transform(feats.numpy())
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'precomputed_knn')        # new images cannot be added to the map; none are
+        return mapper.fit_transform(feats.numpy())
 
 # %% ../../nbs/3_evaluation/32_features.ipynb #8ad2ee1a
 def plot_embedding(coords, # N×2

@@ -12,7 +12,7 @@ from fastai.basics import Learner, set_seed
 from c2l_nb.data.cache import pretrain_dls, to_square
 from c2l_nb.training.callback import C2LCallback, C2LConfig, CosineDecay, c2l_opt
 from c2l_nb.data.collections import label_matrix
-from c2l_nb.evaluation.features import extract_features, knn_predict, linear_probe, retrieval_at_1
+from c2l_nb.evaluation.features import L2S, extract_features, knn_predict, linear_probe, retrieval_at_1
 from c2l_nb.method.encoder import create_encoder
 from c2l_nb.training.monitoring import HealthCallback
 from c2l_nb.evaluation.metrics import auroc
@@ -66,7 +66,7 @@ def load(data, cache):
         tasks = {name: rows.path.str.contains(f'/{name}/').values for name in ('kermany', 'nih')}
     return images, np.stack([to_square(image, SIZE) for image in images]), rows, tasks
 
-def score(model, squares, rows, name, mask):
+def score(model, squares, rows, name, mask, l2s=L2S):
     "kNN, probe and retrieval of one task"
     part = rows[mask].reset_index(drop=True)
     labels = [l for l in probe_labels(part) if name != 'nih' or l in FINDINGS]
@@ -75,7 +75,7 @@ def score(model, squares, rows, name, mask):
     y, truth = (label_matrix(rows.iloc[i], labels) for i in (votes, asked))
     train, valid = (extract_features(model, torch.from_numpy(squares[i])[:, None]) for i in (votes, asked))
     patients = rows.patient.astype(str).values
-    probed, _ = linear_probe(train, y, valid, groups=patients[votes])
+    probed, _ = linear_probe(train, y, valid, groups=patients[votes], l2s=l2s)
     mean = lambda p: float(np.nanmean([auroc(a, b) for a, b in zip(truth.T, np.asarray(p).T)]))
     several = pd.Series(patients[asked]).duplicated().any()
     found = retrieval_at_1(valid, patients[asked]) if several else np.nan

@@ -10,10 +10,9 @@ __all__ = ['IOUS', 'SCORES', 'as_boxes', 'iou', 'hits', 'image_score', 'score_im
 # %% ../../nbs/3_evaluation/35_detection_metrics.ipynb #c5100363
 import contextlib, io, os
 from pathlib import Path
-import numpy as np, pandas as pd, pydicom, torch
+import numpy as np, pandas as pd, torch
 from matplotlib.patches import Rectangle
-from PIL import Image
-from ..data.read import is_dicom
+from ..data.read import RadiographError, upright_size
 from ..data.table import DataError, _read_csv, _some, shared_patients
 from .metrics import patient_counts
 
@@ -153,12 +152,12 @@ def read_predictions(path, # a CSV of `write_predictions`, or any submission to 
 
 # %% ../../nbs/3_evaluation/35_detection_metrics.ipynb #69aafa7c
 def image_size(path)->tuple: # width, height, px
-    "Size of an image file, from its header; DataError if it is missing"
+    "Size of the upright image in a file, from its header; `DataError` if it is missing or no radiograph"
     if not os.path.isfile(path): raise DataError(f"{path}: image file is missing; restore it, or take its rows out of the table")
-    if is_dicom(path):
-        ds = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=['Rows', 'Columns'])
-        return int(ds.Columns), int(ds.Rows)
-    with Image.open(path) as im: return im.size
+    try:
+        return upright_size(path)
+    except RadiographError as e:
+        raise DataError(str(e)) from e
 
 def _wrong(boxes, w, h):
     "What is wrong with the boxes of an image of w×h px, '' if nothing"

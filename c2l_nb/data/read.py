@@ -20,7 +20,9 @@ from PIL import Image, ImageOps
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset, read_file_meta_info
-from pydicom.pixels import apply_modality_lut, apply_voi, apply_windowing, get_decoder, pixel_array
+from pydicom.pixels.decoders import get_decoder
+from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
+from pydicom.pixels.utils import pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
                          ImplicitVRLittleEndian, JPEGExtended12Bit, RLELossless)

@@ -6,7 +6,7 @@
 __all__ = ['PIXEL_TAGS', 'LUMA', 'MAX_PIXELS', 'MAX_BYTES', 'READER_VERSION', 'RadiographError', 'stretch', 'window', 'file_kind',
            'is_dicom', 'read_radiograph', 'upright_size', 'check_archive']
 
-# %% ../../nbs/1_data/12_read.ipynb #5cc9ced3
+# %% ../../nbs/1_data/12_read.ipynb #04274ba4
 import io
 import math
 import struct
@@ -20,37 +20,36 @@ from PIL import Image, ImageOps
 from pydicom.dataset import Dataset
 from pydicom.encaps import get_frame
 from pydicom.filereader import read_dataset, read_file_meta_info
-from pydicom.pixels.decoders import get_decoder
+from pydicom.pixels import get_decoder, pixel_array
 from pydicom.pixels.processing import apply_modality_lut, apply_voi, apply_windowing
-from pydicom.pixels.utils import pixel_array
 from pydicom.tag import Tag
 from pydicom.uid import (DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ExplicitVRLittleEndian,
                          ImplicitVRLittleEndian, JPEGExtended12Bit, RLELossless)
 
-# %% ../../nbs/1_data/12_read.ipynb #3a798766
+# %% ../../nbs/1_data/12_read.ipynb #a4401fd2
 class RadiographError(ValueError):
     "No radiograph can be made of this file: the message names the file, what is wrong and what to do"
 
-# %% ../../nbs/1_data/12_read.ipynb #1553515e
+# %% ../../nbs/1_data/12_read.ipynb #4430c1be
 def stretch(
     x:np.ndarray, # pixels of any numeric type and shape
     lo:float|None=None, # this value and all below become 0; None: the smallest of `x`
     hi:float|None=None, # this value and all above become 255; None: the largest of `x`
 )->np.ndarray: # uint8, shape of `x`
     "Map `lo` to `hi` linearly to 0 to 255"
-    lo = x.min() if lo is None else lo
-    hi = x.max() if hi is None else hi
-    y = (x.astype(np.float32) - np.float32(lo))*np.float32(255/max(float(hi)-float(lo), 1e-9))
+    low = float(x.min() if lo is None else lo)
+    high = float(x.max() if hi is None else hi)
+    y = (x.astype(np.float32) - np.float32(low))*np.float32(255/max(high-low, 1e-9))
     return np.rint(y.clip(0, 255)).astype(np.uint8)
 
-# %% ../../nbs/1_data/12_read.ipynb #399a903f
+# %% ../../nbs/1_data/12_read.ipynb #5f0f981b
 PIXEL_TAGS = ['Rows', 'Columns', 'SamplesPerPixel', 'PhotometricInterpretation', 'PlanarConfiguration',
               'NumberOfFrames', 'BitsAllocated', 'BitsStored', 'HighBit', 'PixelRepresentation', 'PixelPaddingValue',
               'PixelPaddingRangeLimit', 'RescaleSlope', 'RescaleIntercept', 'ModalityLUTSequence', 'WindowCenter',
               'WindowWidth', 'VOILUTFunction', 'VOILUTSequence', 'PixelData']
 LUMA = np.array([.299, .587, .114], np.float32)      # red, green, blue to grey (ITU-R 601), as Pillow does
 
-# %% ../../nbs/1_data/12_read.ipynb #3851d546
+# %% ../../nbs/1_data/12_read.ipynb #20c84c48
 def _number(ds, keyword):
     "First number of a value that may be several; None if it is empty or absent, NaN if it is no finite number"
     value = ds.get(keyword)
@@ -63,7 +62,7 @@ def _number(ds, keyword):
         return math.nan
     return number if math.isfinite(number) else math.nan
 
-# %% ../../nbs/1_data/12_read.ipynb #5268fd67
+# %% ../../nbs/1_data/12_read.ipynb #9d1ac932
 def _stored(values, ds):
     "Pixels reduced to the bits that hold them: what lies above `BitsStored` is an overlay, or nothing"
     bits = int(ds.BitsStored)
@@ -76,7 +75,7 @@ def _stored(values, ds):
     low = min(max(high+1-bits, 0), spare)
     return values << (spare-low) >> spare
 
-# %% ../../nbs/1_data/12_read.ipynb #211e0fb3
+# %% ../../nbs/1_data/12_read.ipynb #8203a608
 def _padding(values, stored, ds):
     "Which values mean outside the image: `PixelPaddingValue`, up to `PixelPaddingRangeLimit` if there is one"
     value, limit = (_number(ds, tag) for tag in ('PixelPaddingValue', 'PixelPaddingRangeLimit'))
@@ -87,7 +86,7 @@ def _padding(values, stored, ds):
     inside = (stored >= min(value, limit)) & (stored <= max(value, limit))
     return inside | (values == np.array(value).astype(np.int64).astype(values.dtype))     # it may need all 16 bits
 
-# %% ../../nbs/1_data/12_read.ipynb #f75749f9
+# %% ../../nbs/1_data/12_read.ipynb #0a680b97
 def _widen(item, ds):
     "Write the entries of a lookup table as 16 bits each; gives its first input, their number, the largest entry"
     count, first, _ = (int(v) for v in item.LUTDescriptor)
@@ -103,7 +102,7 @@ def _widen(item, ds):
     item.add_new('LUTData', 'US', entries.tolist())
     return first, count, int(entries.max())
 
-# %% ../../nbs/1_data/12_read.ipynb #8653a99d
+# %% ../../nbs/1_data/12_read.ipynb #3845443f
 def _modality(stored, ds):
     "Stored values in the unit that a window counts in"
     if ds.get('ModalityLUTSequence'):
@@ -117,7 +116,7 @@ def _modality(stored, ds):
         return stored
     return stored*slope + (0 if math.isnan(intercept) else intercept)
 
-# %% ../../nbs/1_data/12_read.ipynb #e6494a86
+# %% ../../nbs/1_data/12_read.ipynb #34c7e16e
 def window(
     x:np.ndarray, # values after the modality transform
     center:float, # middle of the window, in units of `x`
@@ -136,7 +135,7 @@ def window(
         y = apply_windowing(np.asarray(x), ds)
     return np.rint(y).astype(np.uint8)
 
-# %% ../../nbs/1_data/12_read.ipynb #33608708
+# %% ../../nbs/1_data/12_read.ipynb #a303a5e5
 def _by_table(x, ds):
     "`x` through the VOI lookup table; None if there is none or it is unreadable"
     item = next(iter(ds.get('VOILUTSequence') or []), None)
@@ -147,7 +146,7 @@ def _by_table(x, ds):
     x = np.rint(x).clip(first, first+count-1).astype(np.int64)
     return stretch(apply_voi(x, ds), 0, 2**top.bit_length()-1)
 
-# %% ../../nbs/1_data/12_read.ipynb #80c85055
+# %% ../../nbs/1_data/12_read.ipynb #49aedfeb
 def _by_window(x, ds):
     "`x` through the first window; None if there is none, or one of its numbers is none"
     center, width, intercept = (_number(ds, tag) for tag in ('WindowCenter', 'WindowWidth', 'RescaleIntercept'))
@@ -157,7 +156,7 @@ def _by_window(x, ds):
         return None
     return window(x, center, width, function)
 
-# %% ../../nbs/1_data/12_read.ipynb #f3bbabcd
+# %% ../../nbs/1_data/12_read.ipynb #c441fd03
 def _grey(values, ds):
     "The grey of each value that pixels may have"
     stored = _stored(values, ds)
@@ -176,7 +175,7 @@ def _grey(values, ds):
     grey[real] = 255-y if ds.PhotometricInterpretation == 'MONOCHROME1' else y
     return grey
 
-# %% ../../nbs/1_data/12_read.ipynb #dab8f81f
+# %% ../../nbs/1_data/12_read.ipynb #57b4bf82
 def _by_value(raw, ds):
     "The grey of each pixel, computed once for each value that occurs"
     raw = raw.astype(raw.dtype.newbyteorder('='), copy=False)
@@ -191,16 +190,18 @@ def _by_value(raw, ds):
     table[found] = _grey(found.astype(codes.dtype).view(raw.dtype), ds)
     return table[codes]
 
-# %% ../../nbs/1_data/12_read.ipynb #dd9e4a87
+# %% ../../nbs/1_data/12_read.ipynb #d4d9d065
 def _by_value_8(raw, ds):
     "The same for 8 bits, where Pillow counts and maps faster than NumPy"
     image = Image.fromarray(raw)
     found = np.flatnonzero(image.histogram())
     table = np.zeros(256, np.uint8)
     table[found] = _grey(found.astype(np.uint8), ds)
+    if (table[found] == found).all():
+        return raw
     return np.array(image.point(table.tolist()))
 
-# %% ../../nbs/1_data/12_read.ipynb #0dd9f7e9
+# %% ../../nbs/1_data/12_read.ipynb #6c4b1a05
 MAX_PIXELS = 2**26                                   # 8192×8192, twice the largest detectors; more is damage or a trap
 MAX_BYTES = 2*MAX_PIXELS + 2**20                     # of an inflated DICOM file: 16 bits a pixel, and a header
 
@@ -210,7 +211,7 @@ def _check_size(path, w, h, most=MAX_PIXELS):
         return
     raise RadiographError(f'{path}: claims {w}×{h} pixels; damaged or no radiograph, leave it out')
 
-# %% ../../nbs/1_data/12_read.ipynb #22788a2b
+# %% ../../nbs/1_data/12_read.ipynb #edaf18e9
 _FRAME_HEADERS = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC} | {0xF7}             # of JPEG, and of JPEG-LS
 
 def _coded_size(code):
@@ -230,7 +231,7 @@ def _coded_size(code):
         at += 2+length
     return None
 
-# %% ../../nbs/1_data/12_read.ipynb #8be31755
+# %% ../../nbs/1_data/12_read.ipynb #a934a0de
 _KINDS = 'MONOCHROME1 MONOCHROME2 RGB YBR_FULL YBR_FULL_422 YBR_ICT YBR_RCT'.split()
 
 def _check_dicom(ds, path):
@@ -249,7 +250,7 @@ def _check_dicom(ds, path):
     _check_size(path, ds.Columns, ds.Rows)
     _check_codec(ds, path)
 
-# %% ../../nbs/1_data/12_read.ipynb #556d4107
+# %% ../../nbs/1_data/12_read.ipynb #9293c882
 def _check_codec(ds, path):
     "Raise `RadiographError` unless the pixels can be decoded here, to the size that the header claims"
     syntax = ds.file_meta.TransferSyntaxUID
@@ -268,7 +269,7 @@ def _check_codec(ds, path):
             claims = 'claims {}×{} pixels, its compressed pixels {}×{}'.format(*size, *coded)
             raise RadiographError(f'{path}: {claims}; damaged, leave it out')
 
-# %% ../../nbs/1_data/12_read.ipynb #cbedc648
+# %% ../../nbs/1_data/12_read.ipynb #9780bbe6
 def _open_dicom(path, tags=PIXEL_TAGS):
     "The elements `tags` of a DICOM file, with its transfer syntax, inflated to `MAX_BYTES` at most"
     if _deflated(path):
@@ -282,7 +283,7 @@ def _open_dicom(path, tags=PIXEL_TAGS):
             raise RadiographError(f'{path}: names no transfer syntax, and its pixels are compressed; convert it')
     return ds
 
-# %% ../../nbs/1_data/12_read.ipynb #64fe3a6b
+# %% ../../nbs/1_data/12_read.ipynb #7910b073
 def _deflated(path):
     "Whether all after the file's meta elements is deflated; `RadiographError` if it may be, without a preamble"
     with open(path, 'rb') as f:
@@ -293,7 +294,7 @@ def _deflated(path):
             raise RadiographError(f'{path}: deflated, and without the preamble of DICOM; convert it')
     return False
 
-# %% ../../nbs/1_data/12_read.ipynb #71d13e67
+# %% ../../nbs/1_data/12_read.ipynb #2518ba7d
 def _inflate(path, tags):
     "The elements `tags` of a deflated file"
     meta = read_file_meta_info(path)
@@ -307,7 +308,7 @@ def _inflate(path, tags):
     ds.file_meta = meta
     return ds
 
-# %% ../../nbs/1_data/12_read.ipynb #3b78042e
+# %% ../../nbs/1_data/12_read.ipynb #834f5d53
 def _read_dicom(path):
     ds = _open_dicom(path)
     _check_dicom(ds, path)
@@ -316,7 +317,7 @@ def _read_dicom(path):
         raw = np.rint(raw @ LUMA).astype(raw.dtype)
     return _by_value(raw, ds)
 
-# %% ../../nbs/1_data/12_read.ipynb #2f74c395
+# %% ../../nbs/1_data/12_read.ipynb #1ed76526
 _FORMATS = ['PNG', 'JPEG', 'TIFF']
 
 def _read_image(path):
@@ -336,7 +337,7 @@ def _read_image(path):
             im = Image.alpha_composite(Image.new('RGBA', im.size, 'black'), im.convert('RGBA'))
         return np.array(im.convert('L'))
 
-# %% ../../nbs/1_data/12_read.ipynb #1e3e9e44
+# %% ../../nbs/1_data/12_read.ipynb #93e0f635
 def _check_image(path, im, most):
     "Raise `RadiographError` unless `im` is one image that claims no more than `most` pixels, nor do its tiles"
     w, h = im.size
@@ -347,7 +348,7 @@ def _check_image(path, im, most):
     if frames > 1:
         raise RadiographError(f'{path}: holds {frames} frames; save the one you want as a file of its own')
 
-# %% ../../nbs/1_data/12_read.ipynb #dd378a78
+# %% ../../nbs/1_data/12_read.ipynb #44efa847
 def _read_deep_png(path, raw):                            # raw: RGB;16B, RGBA;16B or LA;16B, high byte first
     if raw == 'LA;16B':
         both = _unpack(path, 'RGBA')
@@ -365,7 +366,7 @@ def _unpack(path, raw):
         ImageOps.exif_transpose(im, in_place=True)
         return np.array(im, np.float32)
 
-# %% ../../nbs/1_data/12_read.ipynb #98f25082
+# %% ../../nbs/1_data/12_read.ipynb #0bcbd4e7
 _STARTS = {b'\x89PNG\r\n\x1a\n': 'PNG', b'\xff\xd8\xff': 'JPEG',
            b'II*\0': 'TIFF', b'MM\0*': 'TIFF', b'II+\0': 'TIFF', b'MM\0+': 'TIFF'}
 
@@ -379,7 +380,7 @@ def file_kind(
         return 'DICOM'
     return next((kind for start, kind in _STARTS.items() if head.startswith(start)), '')
 
-# %% ../../nbs/1_data/12_read.ipynb #e3ae493d
+# %% ../../nbs/1_data/12_read.ipynb #38a2a8df
 def _begins_with_element(head):
     "Whether bytes begin as DICOM does without its preamble: a low element of group 2 or 8, of plausible length"
     if len(head) < 8:
@@ -392,14 +393,14 @@ def _begins_with_element(head):
             return True
     return False
 
-# %% ../../nbs/1_data/12_read.ipynb #3b1c2c57
+# %% ../../nbs/1_data/12_read.ipynb #aa6ec68b
 def is_dicom(
     path:str|Path, # a file that exists
 )->bool:
     "Whether the file begins as DICOM does, with or without a preamble; `OSError` if it cannot be opened"
     return file_kind(path) == 'DICOM'
 
-# %% ../../nbs/1_data/12_read.ipynb #4a864198
+# %% ../../nbs/1_data/12_read.ipynb #165ce343
 @contextmanager
 def _named(path):
     "Whatever goes wrong inside becomes a `RadiographError` that names the file"
@@ -415,7 +416,7 @@ def _named(path):
         why = f'{type(e).__name__}: {" ".join(str(e).split())}'
         raise RadiographError(f'{path}: cut off or damaged ({why}); fetch it again or leave it out') from e
 
-# %% ../../nbs/1_data/12_read.ipynb #5c283cfc
+# %% ../../nbs/1_data/12_read.ipynb #11a43d5c
 def _dicom_or_image(path):
     "Whether `path` is DICOM; `RadiographError` if it cannot be opened or is empty"
     try:
@@ -427,7 +428,7 @@ def _dicom_or_image(path):
         raise RadiographError(f'{path}: is empty (0 bytes); fetch it again')
     return dicom
 
-# %% ../../nbs/1_data/12_read.ipynb #4cb48f0f
+# %% ../../nbs/1_data/12_read.ipynb #8a10f30f
 def read_radiograph(
     path:str|Path, # PNG, JPEG, TIFF or DICOM, told apart by content; the suffix does not matter
 )->np.ndarray: # H×W, uint8, upright, bone bright
@@ -439,7 +440,7 @@ def read_radiograph(
         raise RadiographError(f'{path}: all pixels are {y[0,0]} (of 0 to 255); leave it out')
     return y
 
-# %% ../../nbs/1_data/12_read.ipynb #6743316f
+# %% ../../nbs/1_data/12_read.ipynb #3e76c7ca
 def upright_size(
     path:str|Path, # PNG, JPEG, TIFF or DICOM
 )->tuple[int, int]: # width and height of what `read_radiograph` gives
@@ -454,7 +455,7 @@ def _dicom_size(path):
     ds = _open_dicom(path, ['Rows', 'Columns'])
     return int(ds.Columns), int(ds.Rows)
 
-# %% ../../nbs/1_data/12_read.ipynb #a94c1763
+# %% ../../nbs/1_data/12_read.ipynb #52d611a4
 def _image_size(path):
     with open(path, 'rb') as f, Image.open(f, formats=_FORMATS) as im:
         if im.format == 'TIFF':                             # its `size` is turned or not, depending on Pillow's version
@@ -464,7 +465,7 @@ def _image_size(path):
             orientation = _orientation(im, f)
     return (h, w) if orientation in (5, 6, 7, 8) else (w, h)
 
-# %% ../../nbs/1_data/12_read.ipynb #374b287b
+# %% ../../nbs/1_data/12_read.ipynb #11fd0367
 def _orientation(im, f):
     "EXIF orientation of a PNG or JPEG that was opened from `f`"
     early = {'exif', 'Raw profile type exif', 'XML:com.adobe.xmp', 'xmp'} & set(im.info)
@@ -485,7 +486,7 @@ def _late_chunks(f):
     behind = kinds[kinds.index(b'IDAT'):] if b'IDAT' in kinds else []
     return not set(behind) <= {b'IDAT', b'IEND'}
 
-# %% ../../nbs/1_data/12_read.ipynb #40fb6071
+# %% ../../nbs/1_data/12_read.ipynb #80eb634e
 READER_VERSION = 2
 # What version 1 read differently:
 # - DICOM of 8 bits: slope and intercept were ignored, so a negative slope gave the negative
@@ -498,7 +499,7 @@ READER_VERSION = 2
 # - EXIF orientation: ignored in JPEG and PNG, applied in compressed TIFF, uncompressed TIFF came out scrambled
 # - what claims too much (deflated DICOM, tiles of a TIFF, 16 bits a colour) was inflated
 
-# %% ../../nbs/1_data/12_read.ipynb #cf627be4
+# %% ../../nbs/1_data/12_read.ipynb #dacd1d47
 def check_archive(
     path:str|Path, # an NPZ, or any other zip
     ratio:float=20, # most bytes that a byte may claim to become; beyond 64 MB in all

@@ -2,12 +2,13 @@
 
 A list made by hand, not from a notebook; none of its names is one of fastai's.
 """
+from .core import patient_ids
 from .data.phantom import phantom, phantom_batch, write_phantoms
 from .data.read import read_radiograph
 from .data.table import folder, index_csv
 from .data.collections import RadiographBlock, chestxray14, chexpert, medmnist, mimic_cxr, mura, rsna_pneumonia
 from .data.leakage import audit_leaks
-from .data.cache import RadiographCache, build_cache, labelled_dls, patient_ids, pretrain_dls
+from .data.cache import RadiographCache, build_cache, labelled_dls, pretrain_dls
 from .method.encoder import Prepare, create_encoder
 from .method.augment import C2LAugment
 from .method.model import C2L, C2LConfig, config_diff

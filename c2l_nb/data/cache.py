@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['FITS', 'NONE', 'LOG', 'GOOD', 'BAD', 'to_square', 'file_stamp', 'read_squares', 'judge', 'load_squares', 'take_rows',
-           'read_items', 'build_cache', 'Squares', 'RadiographCache', 'PoolDL', 'patient_ids', 'pretrain_dls',
-           'labelled_dls', 'main']
+           'read_items', 'build_cache', 'Squares', 'RadiographCache', 'PoolDL', 'pretrain_dls', 'labelled_dls', 'main']
 
 # %% ../../nbs/1_data/16_cache.ipynb #de9ec167
 import errno, hashlib, json, math, mmap, os, shutil, warnings
@@ -34,7 +33,7 @@ from fastcore.basics import num_cpus
 from fastprogress.fastprogress import progress_bar
 from PIL import Image
 from .read import RadiographError, read_radiograph
-from .table import DataError, folder, index_csv
+from .table import DataError, read_images
 
 # %% ../../nbs/1_data/16_cache.ipynb #2a3049cf
 FITS = 'crop', 'letterbox'
@@ -147,16 +146,11 @@ def take_rows(
     return rows
 
 def read_items(
-    data:str|Path, # an index CSV, or a folder; an index.csv in it that names files is taken
+    data:str|Path, # an index CSV, or a folder, see `read_images`
     where:str='', # rows to take, see `take_rows`
 ) -> pd.DataFrame: # as `folder` and `index_csv` give it
-    "The table of a folder or an index CSV; DataError if `data` is neither."
-    path = Path(data).expanduser()
-    index = path/'index.csv'
-    if index.is_file() and 'file' in pd.read_csv(index, nrows=0): path = index
-    if not (path.is_dir() or path.suffix.lower() == '.csv' and path.is_file()):
-        raise DataError(f"{data}: is neither a folder nor an index CSV; check the path")
-    return take_rows(folder(path) if path.is_dir() else index_csv(path), where, data)
+    "Some rows of the table of a folder or an index CSV; DataError if `data` is neither."
+    return take_rows(read_images(data), where, data)
 
 # %% ../../nbs/1_data/16_cache.ipynb #32bb66de
 NONE = '\\N'                                                      # a missing value, as databases write it
@@ -381,15 +375,6 @@ class PoolDL(DataLoader):
             if after: announce(after)
             yield self.do_batch(now)
             now = after
-
-# %% ../../nbs/1_data/16_cache.ipynb #e1bede54
-def patient_ids(
-    rows:pd.DataFrame, # with `patient`, and `source` if there are several; a missing patient is unknown
-) -> np.ndarray: # int64, a row an image
-    "Numbers that are equal for images of one patient; an unknown patient has a number of their own."
-    place = np.where(rows.patient.isna(), np.arange(len(rows)), -1)                # tells the unknown apart
-    source = rows.get('source', ['']*len(rows))
-    return pd.factorize(pd.Series(list(zip(source, rows.patient.astype(str), place)), dtype=object))[0]
 
 # %% ../../nbs/1_data/16_cache.ipynb #8b047949
 def pretrain_dls(

@@ -17,9 +17,11 @@ from fastai.data.block import TransformBlock
 from fastai.data.transforms import IntToFloatTensor
 from fastai.vision.core import PILImageBW, TensorImageBW
 from PIL import Image
+from ..core import patient_ids, some_names
 from .read import check_archive, read_radiograph
 from .table import DataError, checksum, fingerprint, folder, index_csv, label_matrix, missing_files
-from .table import shared_patients, split_patients, unlabelled, _drop_missing, _read_csv, _some
+from .table import boxes_of, clean_labels, drop_missing, read_published, read_text
+from .table import shared_patients, split_patients, unlabelled
 
 # %% ../../nbs/1_data/14_collections.ipynb #7685c902
 _all_ = ['DataError', 'checksum', 'fingerprint', 'folder', 'index_csv', 'label_matrix', 'missing_files',
@@ -37,7 +39,7 @@ def _find(root, *names):
         for path in (root/n, root/f'{n}.gz'):
             if path.is_file(): return path
     there = sorted(p.name for p in root.iterdir())
-    raise DataError(f'{root}: holds no {" or ".join(names)} (there is: {_some(there, 8) or "nothing"}); '
+    raise DataError(f'{root}: holds no {" or ".join(names)} (there is: {some_names(there, 8) or "nothing"}); '
                     'give the folder of the unpacked release')
 
 # %% ../../nbs/1_data/14_collections.ipynb #150e6bfa
@@ -45,7 +47,7 @@ def _must_know(csv, known, other, names):
     "`DataError` if some of `names`, which are from the file `other`, are not in `known`, which is from `csv`"
     lost = pd.unique(names[~names.isin(known)])
     if len(lost):
-        raise DataError(f'{other}: {len(lost):,} of its images are not in {csv.name}: {_some(list(lost))}; '
+        raise DataError(f'{other}: {len(lost):,} of its images are not in {csv.name}: {some_names(list(lost))}; '
                         'the two are of different releases, fetch both from the same place')
 
 # %% ../../nbs/1_data/14_collections.ipynb #86ef134b
@@ -54,10 +56,11 @@ _OUTSIDE = r'^[/\\]|^\w:|(?:^|[/\\])\.\.(?:[/\\]|$)'
 def _table(csv, root, name, patient, split, labels, source, below='', **more):
     "The table of a release; `name` is below `root/below`, safe and unique, else `DataError`"
     out = name[name.isna() | name.fillna('').str.contains(_OUTSIDE)]
-    if len(out): raise DataError(f'{csv}: {len(out):,} names lie outside its folder: {_some(list(out))}; fetch it anew')
+    if len(out): raise DataError(f'{csv}: {len(out):,} names lie outside its folder: {some_names(list(out))}; fetch it anew')
     twice = name[name.duplicated()]
-    if len(twice): raise DataError(f'{csv}: {len(twice):,} names stand there once more: {_some(list(twice))}; fetch it anew')
+    if len(twice): raise DataError(f'{csv}: {len(twice):,} names stand there once more: {some_names(list(twice))}; fetch it anew')
     path = f'{root}{os.sep}' + (below + name.astype(object))
+    labels = clean_labels(pd.Series(labels)).to_numpy()
     df = pd.DataFrame(dict(path=path, patient=patient, split=split, labels=labels, source=source, name=name, **more))
     return df.reset_index(drop=True)
 
@@ -67,7 +70,7 @@ def _finish(df, root, check, valid=0.):
     if valid:
         train = df.split == 'train'
         df.loc[train, 'split'] = split_patients(df[train], valid=valid, test=0).split
-    return _drop_missing(df, root, f'Unpack all images of the release into {root}') if check else df
+    return drop_missing(df, root, f'Unpack all images of the release into {root}') if check else df
 
 def _join(yes, names):
     "Labels joined by | for each row of the bool array `yes`, N×C"
@@ -96,7 +99,7 @@ def chestxray14(
     "ChestX-ray14 with its official split; raises `DataError`: a file, column or list that is not of this release"
     root = _root(root)
     csv  = _find(root, 'Data_Entry_2017_v2020.csv', 'Data_Entry_2017.csv')
-    df   = _read_csv(csv, ['Image Index', 'Finding Labels', 'Patient ID', 'View Position'], dtype=str)
+    df   = read_published(csv, ['Image Index', 'Finding Labels', 'Patient ID', 'View Position'], str)
     name,patient,labels,view = df['Image Index'], df['Patient ID'], df['Finding Labels'], df['View Position']
     dirs = ['images/', *(f'images_{i:03}/images/' for i in range(1, 13))]
     at   = {f: d for d in reversed(dirs) if (root/d).is_dir() for f in os.listdir(root/d)}
@@ -110,7 +113,7 @@ def chestxray14_boxes(
 )->pd.DataFrame: # name, label (of `CHESTXRAY14`), x, y, w, h in pixels of the 1024×1024 image; one row a box
     "The boxes of ChestX-ray14; raises `DataError` if the file is missing or has other columns"
     csv = _find(_root(root), 'BBox_List_2017.csv')
-    df  = _read_csv(csv, ['Image Index', 'Finding Label', 'Bbox [x', 'y', 'w', 'h]'])
+    df  = read_published(csv, ['Image Index', 'Finding Label', 'Bbox [x', 'y', 'w', 'h]'])
     df.columns = ['name', 'label', 'x', 'y', 'w', 'h']
     return df.replace({'label': {'Infiltrate': 'Infiltration'}})
 
@@ -126,23 +129,23 @@ def _findings(df, csv):
     "The 14 columns as float32, and `labels`; `DataError` if a value is not 1, 0, -1 or blank"
     y = df[CHEXPERT14].to_numpy(np.float32)
     odd = ~(np.isnan(y) | np.isin(y, [1, 0, -1]))
-    if odd.any(): raise DataError(f'{csv}: {odd.sum():,} labels are not 1, 0, -1 or blank: {_some(list(y[odd]))}')
+    if odd.any(): raise DataError(f'{csv}: {odd.sum():,} labels are not 1, 0, -1 or blank: {some_names(list(y[odd]))}')
     return dict(labels=_join(y == 1, CHEXPERT14), **{c: y[:,i] for i,c in enumerate(CHEXPERT14)})
 
 # %% ../../nbs/1_data/14_collections.ipynb #1e9dddda
 def _chexpert_part(root, part):
     "The table of train.csv or valid.csv"
     csv = _find(root, f'{part}.csv')
-    df  = _read_csv(csv, ['Path', 'Frontal/Lateral', 'AP/PA', *CHEXPERT14])
+    df  = read_published(csv, ['Path', 'Frontal/Lateral', 'AP/PA', *CHEXPERT14])
     head,name = (df.Path.str.split('/', n=1).str[i] for i in (0, 1))
     releases = sorted(set(head.dropna()))
     known = {root.name} & _RELEASES or _RELEASES                            # a folder may have been renamed
     if len(releases) != 1 or releases[0] not in known:
-        raise DataError(f'{csv}: is of {_some(releases)}, this folder of {" or ".join(sorted(known))}; '
+        raise DataError(f'{csv}: is of {some_names(releases)}, this folder of {" or ".join(sorted(known))}; '
                         "fetch the CSV that came with these images, or give the folder of the CSV's own images")
     patient = name.str.extract(rf'^{part}/(patient\d+)/study\d+/', expand=False)
     if patient.isna().any(): raise DataError(f'{csv}: {patient.isna().sum():,} names are not {part}/patient…/study…/…: '
-                                             f'{_some(list(name[patient.isna()]))}; is it the other CSV?')
+                                             f'{some_names(list(name[patient.isna()]))}; is it the other CSV?')
     frontal = df['Frontal/Lateral'] == 'Frontal'
     return _table(csv, root, name, patient, part, source='chexpert', frontal=frontal,
                   view=df['AP/PA'].where(frontal, 'lateral'), **_findings(df, csv)), releases
@@ -174,9 +177,9 @@ def chexpert_labels(
     rule = policy if isinstance(policy, dict) else dict.fromkeys(classes, policy)
     rule = {c: str(p).lower().removeprefix('u-') for c,p in rule.items()}
     lost = [c for c in classes if c not in df or c not in rule]
-    if lost: raise DataError(f'no column or no policy for {_some(lost, 20)}; columns are those of CHEXPERT14')
+    if lost: raise DataError(f'no column or no policy for {some_names(lost, 20)}; columns are those of CHEXPERT14')
     odd = sorted({p for p in rule.values() if p not in UNSURE})
-    if odd: raise DataError(f'unknown policy {_some(odd)}; known are {", ".join(UNSURE)}')
+    if odd: raise DataError(f'unknown policy {some_names(odd)}; known are {", ".join(UNSURE)}')
     y = df[list(classes)].to_numpy(np.float32)
     unsure = np.array([UNSURE[rule[c]] for c in classes], np.float32)
     return np.where(y == -1, unsure, np.where(np.isnan(y), np.float32(blank), y))
@@ -189,9 +192,9 @@ def mimic_cxr(
     "MIMIC-CXR-JPG with its official split; raises `DataError`: a missing file or column, CSV files that do not fit"
     root = _root(root)
     csv,parts,found = (_find(root, f'mimic-cxr-2.0.0-{w}.csv') for w in ('metadata', 'split', 'chexpert'))
-    df  = _read_csv(csv, ['dicom_id', 'subject_id', 'study_id', 'ViewPosition'], dtype=str)
-    split = _read_csv(parts, ['dicom_id', 'split'], dtype=str).drop_duplicates('dicom_id').set_index('dicom_id').split
-    y   = _read_csv(found, ['study_id', *CHEXPERT14], dtype=dict(study_id=str)).drop_duplicates('study_id')
+    df  = read_published(csv, ['dicom_id', 'subject_id', 'study_id', 'ViewPosition'], str)
+    split = read_published(parts, ['dicom_id', 'split'], str).drop_duplicates('dicom_id').set_index('dicom_id').split
+    y   = read_published(found, ['study_id', *CHEXPERT14]).drop_duplicates('study_id')
     _must_know(parts, split.index, csv, df.dicom_id)
     y   = y.set_index('study_id').reindex(df.study_id)
     patient,study = df.subject_id, df.study_id
@@ -212,11 +215,13 @@ def mura(
     root,parts = _root(root), []
     for part in ('train', 'valid'):
         csv = _find(root, f'{part}_image_paths.csv')
-        raw = _read_csv(csv, header=None, names=['raw'], dtype=str).raw
+        raw = pd.Series(read_text(csv).split(), dtype=object)
+        if not len(raw):
+            raise DataError(f'{csv}: has no rows; fetch it again')
         df  = raw.str.extract(_MURA).set_axis(['name','split','body','patient','label'], axis=1)
         odd = raw[df.split != part]
         if len(odd): raise DataError(f'{csv}: {len(odd):,} paths are not MURA-v1.1/{part}/XR_…/patient…/study…/…: '
-                                     f'{_some(list(odd))}; fetch release 1.1 anew')
+                                     f'{some_names(list(odd))}; fetch release 1.1 anew')
         parts.append(_table(csv, root, df['name'], df.patient, part, df.label, 'mura', body_part=df.body.str.lower()))
     return _finish(pd.concat(parts, ignore_index=True), root, check)
 
@@ -243,10 +248,9 @@ def rsna_pneumonia(
     "RSNA's labelled images, one row an image; raises `DataError`: a missing file or column, CSV files that do not fit"
     root = _root(root)
     csv,info = _find(root, 'stage_2_train_labels.csv'), _find(root, 'stage_2_detailed_class_info.csv')
-    rows = _read_csv(csv, ['patientId', 'x', 'y', 'width', 'height', 'Target'], dtype=dict(patientId=str))
-    kind = _read_csv(info, ['patientId', 'class'], dtype=str).drop_duplicates('patientId').set_index('patientId')
-    boxes = {}
-    for i,*box,target in rows.itertuples(index=False): boxes.setdefault(i, []).extend([tuple(box)]*bool(target))
+    rows = read_published(csv, ['patientId', 'x', 'y', 'width', 'height', 'Target'])
+    kind = read_published(info, ['patientId', 'class'], str).drop_duplicates('patientId').set_index('patientId')
+    boxes = boxes_of(rows, rows.patientId, csv)
     ids = pd.Series(list(boxes), dtype=object)
     _must_know(info, kind.index, csv, ids)
     nih = _persons(root, ids)
@@ -293,7 +297,7 @@ def medmnist(
         except OSError as e: raise DataError(f'{npz}: cannot be unpacked to {out} ({e.strerror or e})') from e
         except Exception as e: raise DataError(f'{npz}: is damaged or no MedMNIST file ({e}); fetch it again') from e
     df = index_csv(out/'index.csv', check)
-    if set(df.source) != {npz.stem}: raise DataError(f'{out}: holds {_some(sorted(set(df.source)))}; give another out')
+    if set(df.source) != {npz.stem}: raise DataError(f'{out}: holds {some_names(sorted(set(df.source)))}; give another out')
     return df
 
 # %% ../../nbs/1_data/14_collections.ipynb #7bdfd95b
@@ -329,8 +333,8 @@ def ablation_split(
     "The split of the ablation study, by patient; raises `DataError` if there are not more than `n` training images"
     df = nih[nih.split != 'test'].reset_index(drop=True)
     if len(df) <= n: raise DataError(f'{len(df):,} training images leave no rest beyond {n:,}; give a smaller n')
-    code,names = pd.factorize(df.patient, sort=True)
-    order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).numpy()
+    code = patient_ids(df, sort=True)
+    order = torch.randperm(code.max() + 1, generator=torch.Generator().manual_seed(seed)).numpy()
     total = np.cumsum(np.bincount(code)[order])                      # images of the first 1, 2, … patients
     taken = order[:abs(total-n).argmin()+1]
     return df.assign(part=np.where(np.isin(code, taken), 'pretrain', 'finetune'))

@@ -10,6 +10,7 @@ __all__ = ['FEW', 'auroc', 'average_precision', 'patient_counts', 'bootstrap', '
 import warnings
 import numpy as np, pandas as pd, torch
 from fastcore.meta import delegates
+from ..core import patient_names
 from scipy.sparse import csr_matrix
 from torch import Tensor
 
@@ -92,7 +93,10 @@ def _codes(name, groups, n):
     "Number of the group of each of `n` images, 0, 1, … in order of appearance; None makes each image its own"
     if isinstance(groups, Tensor):
         groups = groups.detach().cpu()
-    codes = np.arange(n) if groups is None else np.array(pd.factorize(pd.Series(groups, dtype=object) if isinstance(groups, list) else np.asarray(groups))[0])
+    given = np.arange(n) if groups is None else np.asarray(groups, object if isinstance(groups, list) else None)
+    if given.ndim == 1 and given.dtype.kind in 'OU':
+        given = patient_names(given)
+    codes = np.array(pd.factorize(given)[0])
     if codes.shape!=(n,):
         raise ValueError(f"{name} must name the patient of each of the {n} images; its shape is {codes.shape}")
     if (codes<0).any(): raise ValueError(f"{name} has no patient for {(codes<0).sum()} images")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd, torch
 from fastcore.script import call_parse
 from filelock import FileLock
-from ..core import one_process
+from ..core import one_process, patient_ids
 from ..data.collections import label_matrix
 from ..method.model import C2LConfig
 from ..training.run_folder import checkpoints
@@ -23,7 +23,7 @@ from ..evaluation.detection_metrics import read_predictions
 from ..tasks.detect import detect, load_detection
 from .genesis import pretrain_genesis
 from .experiments import ARCHS, REFERENCE, TABLES, Start, columns, commands, gpu_hours
-from .scoring import (Pool, along, ask, body_of, expand, patient_of, read_pool, render, render_boxes, score,
+from .scoring import (Pool, along, ask, body_of, expand, read_pool, render, render_boxes, score,
                             tasks, text, text_boxes, tune)
 
 # %% ../../nbs/6_paper/63_tables.ipynb #0d0d8ade
@@ -222,7 +222,7 @@ def _class_tables(table, scale, out, pool, grid, split, s):
         truth = pd.DataFrame(label_matrix(rows, labels), columns=labels)
         for kind in titles:
             own = {n: [r[task][kind] for r in runs] for n, runs in held.items()}
-            how[kind] = render(table, own, truth, patient_of(rows))
+            how[kind] = render(table, own, truth, patient_ids(rows))
         md = (f"{_heading(pool)}Table {table}, {task}, {split} ({len(rows)} images, mean AUROC over {', '.join(labels)}; "
               f"epochs of pretraining: {s['epochs']}, at {s['size']} px)\n")
         md += ''.join(f"\n{title}:\n\n{text(how[kind])}\n" for kind, title in titles.items())
@@ -235,7 +235,7 @@ def _box_table(scale, out, pool, grid, split, shared, rows, name):
     "Train, score, write and return Table 5"
     def boxes(st): return detections(st, folder_of(st, out/'pretrained', pool), out/'detectors', shared, name)
     held, left = _held(grid, boxes)
-    patients = rows.patient.where(rows.patient.notna(), rows.patientId).tolist()
+    patients = patient_ids(rows)
     t = render_boxes(held, rows.boxes.tolist(), patients)
     n = rows.boxes.str.len().sum()
     md = f"{_heading(pool)}Table 5, {split} ({len(rows)} images, {n} boxes): mAP in percent (95 %) [paper]\n\n{text_boxes(t)}\n"

@@ -15,15 +15,16 @@ from fastai.basics import no_random
 from fastcore.script import call_parse
 from torch import nn
 from .. import __version__
-from ..core import choose_device, one_process
+from ..core import choose_device, one_process, patient_ids
 from ..data.cache import read_items
+from ..data.leakage import check_split
 from ..evaluation.features import _mean_auroc, linear_probe
 from ..training.checkpoint import _differences
 from ..training.weights import WeightsError, read_card
 from ..core import write_atomically
 from .pretrain import Precision, load_data, with_rows
-from .targets import Targets, check_fraction, check_split, check_targets
-from .targets import draw_fraction, make_targets, patient_codes
+from .targets import Targets, check_fraction, check_targets
+from .targets import draw_fraction, make_targets
 from ..evaluation.comparison import cell_name, report_run
 
 # %% ../../nbs/5_tasks/53_classify.ipynb #dc9a19c2
@@ -279,7 +280,7 @@ def plan(
     at = np.flatnonzero(t.known)
     rows, t = rows.iloc[at].reset_index(drop=True), t.take(at)
     check_targets(t, rows.split.values)
-    train, patient = (rows.split == 'train').values, patient_codes(rows)
+    train, patient = (rows.split == 'train').values, patient_ids(rows)
     for f in fractions:
         for d in range(draws if f < 1 else 1): check_fraction(t.take(train), patient[train], f, d)
     return rows, t, at, said + (f"; {n-len(at):,} images without a label are left out" if len(at) < n else '')
@@ -362,7 +363,7 @@ def _csv(path, df): write_atomically(path, df.to_csv(index=False, float_format='
 def _begin(out, about, rows, t):
     "config.json and labels.csv: images and patients as numbers"
     scored = (rows.split != 'train').values
-    labels = pd.DataFrame(dict(image=np.arange(len(rows)), patient=patient_codes(rows), split=rows.split))
+    labels = pd.DataFrame(dict(image=np.arange(len(rows)), patient=patient_ids(rows), split=rows.split))
     _csv(out/'labels.csv', pd.concat([labels, pd.DataFrame(t.truth, columns=t.classes)], axis=1)[scored])
     write_atomically(out/'config.json', json.dumps(about, indent=1).encode())
 
@@ -444,7 +445,7 @@ def _reuse(out, file, first):
 # %% ../../nbs/5_tasks/53_classify.ipynb #7de73080
 def _run_grid(out, cells, inits, images, t, at, rows, s, device):
     "Train the cells that are not there yet; a cell's file of scores is its last and whole or absent"
-    split, patient = rows.split.values, patient_codes(rows)
+    split, patient = rows.split.values, patient_ids(rows)
     images = images.view(at) if hasattr(images, 'path') else images[at]
     train, valid = [np.flatnonzero(split == k) for k in ('train', 'valid')]
     score, feats = np.flatnonzero(split != 'train'), _features(images, inits, s, device)

@@ -27,9 +27,9 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
 from torchvision.transforms import v2
 from .. import __version__
-from ..core import choose_device, one_process
+from ..core import choose_device, one_process, patient_ids
 from ..data.phantom import FINDINGS, PREVALENCE, phantom, seeded
-from ..data.table import DataError, fingerprint, index_csv, split_patients
+from ..data.table import DataError, check_boxes, fingerprint, index_csv, read_boxes, split_patients
 from ..data.collections import rsna_pneumonia
 from ..data.cache import load_squares
 from ..data.cache import PoolDL, build_cache
@@ -41,7 +41,7 @@ from ..core import write_atomically
 from ..training.weights import WeightsError, load_backbone, read_card
 from ..core import facts, picture, table, write_report
 from .pretrain import Precision
-from ..evaluation.detection_metrics import check_boxes, draw_boxes, map_table, read_boxes, score_images, square_boxes, unsquare, write_predictions
+from ..evaluation.detection_metrics import draw_boxes, map_table, score_images, square_boxes, unsquare, write_predictions
 
 # %% ../../nbs/5_tasks/55_detect.ipynb #66363d34
 OPACITIES = 'Consolidation', 'Infiltration', 'Pneumonia'
@@ -265,7 +265,7 @@ def _finish(out, model, images, at, rows, config, phantoms):
     write_atomically(out/'detector.safetensors', save(weights, {'card': json.dumps(config)}))
     preds = [unsquare(p, w, h, config['size']) for p, w, h in zip(predict(model, images, at), rows.width, rows.height)]
     write_predictions(out/'predictions.csv', rows.patientId, preds)
-    score = map_table(rows.boxes.tolist(), preds, rows.patient.where(rows.patient.notna(), rows.patientId).tolist())
+    score = map_table(rows.boxes.tolist(), preds, patient_ids(rows))
     score.to_csv(out/'map.csv', index=False)
     log, parts = pd.read_csv(out/'log.csv'), {'mAP at each score threshold, 95 % intervals over patients': table(score)}
     fig, axs = plt.subplots(1, 2, figsize=(7, 2.3), layout='constrained')

@@ -16,7 +16,7 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from torch import Tensor
 from .. import __version__
-from ..core import choose_device, one_process
+from ..core import choose_device, one_process, patient_ids, patient_names
 from ..data.cache import DataError, RadiographCache, build_cache, read_items, to_square
 from ..evaluation.metrics import _codes
 from ..method.encoder import Prepare, in_channels
@@ -245,9 +245,9 @@ def _embed(backbone, images, out, k, others, most, size, arch, where, chunk, wor
     "What the command does, its errors as they come"
     if k<1: raise DataError(f"k must be at least 1, got {k}")
     feats, cache, new = embed_images(backbone, images, out, size, arch, where, chunk, device, workers)
-    who = cache.rows.patient if 'patient' in cache.rows else pd.Series([None]*len(feats))
-    if others and who.isna().any(): raise DataError(f"{images}: --others needs a patient for each image")
-    groups = who.astype(str).values if others else None
+    if others and ('patient' not in cache.rows or patient_names(cache.rows.patient).isna().any()):
+        raise DataError(f"{images}: --others needs a patient for each image")
+    groups = patient_ids(cache.rows) if others else None
     neighbour_table(*nearest(feats, k, groups=groups), cache.rows).to_csv(Path(out)/'neighbours.csv', index=False)
     about = dict(backbone=Path(backbone).name, images=len(feats), left_out=len(cache.bad), features=feats.shape[1])
     _page(Path(out), feats, cache, about | dict(c2l_nb=__version__), k, most, groups)

@@ -25,11 +25,12 @@ from fastprogress.fastprogress import progress_bar
 from matplotlib import pyplot as plt
 from torch import nn
 from .. import __version__
-from ..core import choose_device, choose_precision, has_bf16, precision_speed, set_deterministic
+from ..core import choose_device, choose_precision, has_bf16, patient_count, patient_ids, precision_speed, set_deterministic
 from ..data.phantom import DRAWN, phantom_batch, seeded
-from ..data.collections import DataError, fingerprint, label_matrix
+from ..data.table import DataError, clean_labels, fingerprint, label_matrix
+from ..data.leakage import refuse_shared
 from ..data.cache import _follow_parent
-from ..data.cache import RadiographCache, build_cache, labelled_dls, patient_ids, pretrain_dls, read_items, to_square
+from ..data.cache import RadiographCache, build_cache, labelled_dls, pretrain_dls, read_items, to_square
 from ..method.encoder import create_encoder
 from ..method.model import C2LConfig
 from ..training.callback import C2LCallback, CosineDecay, CountFalseNegatives, Precision, StepDecay, c2l_opt
@@ -82,6 +83,12 @@ def _phantoms(n, size, progress):
     return np.concatenate(images), rows, f'phantoms {DRAWN} n={n} size={size}'
 
 # %% ../../nbs/5_tasks/51_pretrain.ipynb #b0413789
+def _checked(rows, data):
+    "Rows with clean labels; DataError if patients are on both sides of their split"
+    if 'patient' in rows:
+        refuse_shared(rows, data)
+    return rows.assign(labels=clean_labels(rows.labels)) if 'labels' in rows else rows
+
 def load_data(
     data:str, # 'phantoms', a folder, an index CSV, or a cache of `c2l_cache`
     size:int, # side of the squares to keep, px
@@ -90,7 +97,7 @@ def load_data(
     keep:str|Path='c2l_cache', # folder of the cache, where `data` is a folder or an index CSV
     progress:bool=True, # show bars?
 ) -> tuple: # images N×S×S uint8 (an array, or `Squares` on disk), their rows, a fingerprint of the data
-    "Read what is to be trained on; DataError if it is nothing of these."
+    "Read what is to be trained on; DataError if it is nothing of these, or patients are on both sides of the split."
     path = Path(data).expanduser()
     if where and (data == 'phantoms' or (path/'cache.json').is_file()):
         raise DataError(f"{data}: where={where!r} takes rows of an index CSV only: build a cache of those rows with c2l_cache --where")
@@ -100,8 +107,8 @@ def load_data(
         if cache.size < .8*size:
             raise DataError(f"{data}: holds squares of {cache.size} px, too few for views of {.8*size:.0f}: build it with --size {size}")
         rows = cache.rows if 'split' in cache.rows else cache.rows.assign(split='train')
-        return cache.images, rows, f'cache {cache.digest}'
-    cache = build_cache(read_items(data, where), keep, size, progress=progress)
+        return cache.images, _checked(rows, data), f'cache {cache.digest}'
+    cache = build_cache(_checked(read_items(data, where), data), keep, size, progress=progress)
     return cache.images, cache.rows, fingerprint(cache.rows)
 
 # %% ../../nbs/5_tasks/51_pretrain.ipynb #5bb7a589
@@ -111,7 +118,7 @@ def probe_labels(
 ) -> list: # names, sorted; empty where nothing is labelled
     "Labels that a probe can be trained and scored on."
     if 'labels' not in rows: return []
-    names = sorted({l for text in rows.labels.fillna('').unique() for l in text.split('|')} - {'', 'No Finding'})
+    names = sorted({l for text in clean_labels(rows.labels).unique() for l in text.split('|')} - {'', 'No Finding'})
     if not names: return []
     y, ok = label_matrix(rows, names), np.ones(len(names), bool)
     for split in ('train', 'valid'):
@@ -243,7 +250,7 @@ def compare_probes(
     "Linear probes on the train split, scored with patient intervals."
     x, y = torch.from_numpy(images)[:, None], label_matrix(rows, labels)
     train, test = probe_rows(rows, 'train'), probe_rows(rows, asked)
-    groups = rows.patient.where(rows.patient.notna(), rows.index.astype(str)).astype(str).values
+    groups = patient_ids(rows)
     feats = {name: extract_features(body, x) for name, body in bodies.items()}
     # strengths below .01 take longer than all others together, and on phantoms none of them was chosen
     scores = {n: linear_probe(f[train], y[train], f[test], groups=groups[train], l2s=L2S[:4])[0] for n, f in feats.items()}
@@ -485,7 +492,7 @@ def _about(config, asked, rows, mark, versions=(torch, torchvision, fastai, np, 
     run = {k: getattr(asked, k) for k in ('precision', 'keep', 'accumulate', 'deterministic')} | dict(device=asked.device.type)
     return dict(command=shlex.join(['c2l_pretrain', *args]) if 'pretrain' in Path(sys.argv[0]).name else None,
                 arch=asked.arch, channels=1, config=dataclasses.asdict(config), run=run,
-                data=dict(name=Path(asked.data).name, images=len(pool), patients=int(pool.patient.nunique()), fingerprint=mark),
+                data=dict(name=Path(asked.data).name, images=len(pool), patients=patient_count(pool), fingerprint=mark),
                 versions=dict(c2l_nb=__version__, python=platform.python_version(), **{m.__name__: m.__version__ for m in versions}))
 
 def _squares(images, at, size):
@@ -808,7 +815,7 @@ def _plan(asked):
     batches = config.epochs*(n//config.batch_size)
     looked = min(n, 5000) + min(int((rows.split == 'valid').sum()), 5000)
     pool = len(rows)*sample[0].nbytes if asked.data == 'phantoms' else 0
-    found = dict(images=n, patients=int(rows[rows.split == 'train'].patient.nunique()), batches=batches, memory_gb=(memory + pool)/1e9,
+    found = dict(images=n, patients=patient_count(rows[rows.split == 'train']), batches=batches, memory_gb=(memory + pool)/1e9,
                  disk_gb=(stored + files)/1e9, hours=(reading + batches*step + looked*look*config.epochs)/3600, seconds_a_batch=step)
     print("{images:,} images of {patients:,} patients to train on\n{batches:,} batches in all, {seconds_a_batch:.3g} s each".format(**found) +
           f": {config.epochs} epochs of {n//config.batch_size:,} batches of {config.batch_size}, {asked.arch} at {config.size} px on {asked.device} in {asked.precision}")

@@ -86,7 +86,7 @@ def test_index_csv_errors(five):
     fails('No such file')
     p.write_text(''); fails('cannot be read')
     p.write_text('file,patient\n'); fails('no rows')
-    p.write_text('file;patient\nimages/0.png;1\n'); fails('`file` or `path`', 'file;patient')
+    p.write_text('photo;patient\nimages/0.png;1\n'); fails('`file` or `path`', 'photo, patient')
     p.write_bytes(b'file,patient\nimages/0.png,M\xfcller\n'); fails('cannot be read')
     p.write_text('file,patient\nimages/0.png,1\n,2\n'); fails('1 rows name no file: 2')
     write_csv(p, file=['images/0.png','./images/0.png','images/1.png','images/1.png','images/2.png']); fails('2 rows', 'images/0.png', 'images/1.png')

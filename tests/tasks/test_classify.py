@@ -11,7 +11,8 @@ from c2l_nb.data.collections import CHEXPERT5, CHEXPERT14, DataError
 from c2l_nb.method.encoder import Prepare, create_encoder
 from c2l_nb.tasks.classify import card_arch, card_size, finetune, plan
 from c2l_nb.evaluation.metrics import auroc
-from c2l_nb.tasks.targets import LabelLoss, Targets, check_fraction, check_split, check_targets, draw_fraction, make_targets
+from c2l_nb.data.leakage import check_split
+from c2l_nb.tasks.targets import LabelLoss, Targets, check_fraction, check_targets, draw_fraction, make_targets
 from c2l_nb.training.weights import WeightsError, export_backbone
 from stand_in import devices_in_fit, devices_of, other_default
 

@@ -23,14 +23,14 @@ from PIL import Image
 import c2l_nb
 from c2l_nb.data.cache import pretrain_dls, to_square
 from c2l_nb.training.callback import C2LCallback, CosineDecay, c2l_opt
-from c2l_nb.core import choose_device, choose_precision
+from c2l_nb.core import choose_device, choose_precision, patient_ids
 from c2l_nb.data.collections import label_matrix
 from c2l_nb.evaluation.features import extract_features, knn_predict, linear_probe
 from c2l_nb.method.encoder import Prepare, create_encoder
 from c2l_nb.training.monitoring import CollapseGuard, HealthCallback
 from c2l_nb.evaluation.metrics import auroc
 from c2l_nb.tasks.pretrain import Precision, choose_config, load_data
-from c2l_nb.paper.scoring import Pool, patient_of, tasks
+from c2l_nb.paper.scoring import Pool, tasks
 from c2l_nb.core import write_atomically
 from c2l_nb.training.weights import export_backbone
 
@@ -150,7 +150,7 @@ def speed(pool, method, s):
 class Tasks:
     "What the pool can be asked, and the images that this needs"
     def __init__(self, pool):
-        self.asked, patient = tasks(pool.rows, 'test'), patient_of(pool.rows)
+        self.asked, patient = tasks(pool.rows, 'test'), patient_ids(pool.rows).astype(str)
         at = np.unique(np.concatenate([np.r_[train, test] for _, train, test in self.asked.values()]))
         self.images = torch.from_numpy(np.stack([to_square(pool.images[i], pool.size) for i in at]))[:, None]
         self.arrays, self.data = {}, {}

@@ -12,8 +12,9 @@ hashed patients; what is true of the images; the curves; the losses; the table o
 import argparse, hashlib, json, os, shlex, sys
 from pathlib import Path
 import numpy as np, pandas as pd, torch
+from c2l_nb.core import patient_ids
 from c2l_nb.data.collections import label_matrix
-from c2l_nb.paper.scoring import _file, patient_of, read_pool, score, tasks, tune
+from c2l_nb.paper.scoring import _file, read_pool, score, tasks, tune
 from c2l_nb.paper.tables import folder_of, plan, run_table, settings
 
 here = Path(__file__).parent
@@ -79,7 +80,7 @@ def keep(work):
         pd.DataFrame(cols).to_csv(here/f'{task}-{kind}-scores.csv', index=False)
         rows = pool.rows.iloc[at]
         truth = pd.DataFrame(label_matrix(rows, labels), columns=labels).astype(int)
-        truth.assign(patient=[short(p) for p in patient_of(rows)]).to_csv(here/f'{task}-truth.csv', index=False)
+        truth.assign(patient=[short(str(p)) for p in patient_ids(rows)]).to_csv(here/f'{task}-truth.csv', index=False)
     pd.concat(logs).to_csv(here/'logs.csv', index=False)
     along(work, pool, found)
     write_about(work, pool, s, done, tables, about)
@@ -96,7 +97,7 @@ def write_about(work, pool, s, done, tables, about):
     data = {}
     for task, (labels, a, b) in tasks(pool.rows, 'test').items():
         v = tasks(pool.rows, 'valid')[task][2]
-        n = {k: dict(images=len(i), patients=len(set(patient_of(pool.rows.iloc[i])))) for k, i in dict(train=a, valid=v, test=b).items()}
+        n = {k: dict(images=len(i), patients=len(set(patient_ids(pool.rows.iloc[i])))) for k, i in dict(train=a, valid=v, test=b).items()}
         data[task] = dict(labels=labels) | n
     train = pool.rows[pool.rows.split == 'train']
     config = next(st.config for st, _ in done.values() if st.method == 'c2l')

@@ -154,7 +154,7 @@ def read_published(
     if lost:
         raise DataError(f'{path}: has no column {some_names(lost, 8)}, but {some_names(list(df.columns), 8)}; '
                         'is it another release, or was it edited? Fetch it again')
-    return df[list(need)]
+    return df.filter(items=list(need))
 
 def read_own(
     path:str|Path, # CSV that somebody made
@@ -168,7 +168,7 @@ def read_own(
     reserved = [c for c in kept if plain(c) in RESERVED]
     if reserved:
         raise DataError(f'{path}: the column name {some_names(reserved)} is taken; call it something else')
-    return df[kept].rename(columns={c: m for m, c in found.items()}), found
+    return df.filter(items=kept).rename(columns={c: m for m, c in found.items()}), found
 
 # %% ../../nbs/1_data/13_table.ipynb #fff0ab9f
 SPLITS = dict(train='train training trn', valid='valid validation validate val dev', test='test testing tst holdout heldout eval')
@@ -258,7 +258,7 @@ def drop_missing(
     if not lost:
         return df
     warnings.warn(f'{say}. Their rows are dropped; missing_files(table read with check=False) lists them all')
-    return df[~df.path.isin(lost)].reset_index(drop=True)
+    return df.drop(index=df.index[df.path.isin(lost)]).reset_index(drop=True)
 
 # %% ../../nbs/1_data/13_table.ipynb #663dac6e
 def _absolute(names, folder, where):
@@ -532,7 +532,7 @@ def boxes_of(
         raise DataError(f'{where}: Target must be 1 (a box) or 0 (none)')
     if t.Target.isna().any():
         warnings.warn(f'{where}: {t.Target.isna().sum():,} rows have no Target and are left out')
-    t = t[t.Target.notna()].drop_duplicates()
+    t = t.dropna(subset=['Target']).drop_duplicates()
     both = t.groupby('image').Target.nunique()
     if (both > 1).any():
         raise DataError(f'{where}: {both.index[both > 1][0]} is listed both with and without boxes (Target 0 and 1); keep what is true')

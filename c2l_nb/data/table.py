@@ -72,10 +72,10 @@ def match_columns(
     rest = [c for c in columns if c not in found.values()]
     for meaning in [m for m in schema if m not in found]:
         near = _near_miss(meaning, schema[meaning], rest)
-        own = '` or `'.join(schema[meaning].partition('|')[0].split())
+        own = [meaning if n == plain(meaning) else n for n in schema[meaning].partition('|')[0].split()]
         if meaning in required:
             hint = f'; is it {some_names(near)}? Then rename it' if near else ''
-            raise DataError(f'{where}: needs a column `{own}`, has {some_names(columns, 8)}{hint}')
+            raise DataError(f'{where}: needs a column `{"` or `".join(own)}`, has {some_names(columns, 8)}{hint}')
         if near:
             raise DataError(f'{where}: has no column {meaning}, but {near[0]!r}: rename it to {meaning} if that is meant, '
                             'else to something less like it')

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder
-from ..core import patient_ids
+from ..core import patient_ids, patient_names
 from .metrics import auroc_table, _columns
 
 # %% ../../nbs/3_evaluation/34_confounders.ipynb #cb6c07c7
@@ -30,6 +30,13 @@ def _crossfit(x, y, patient, folds):
     return score
 
 # %% ../../nbs/3_evaluation/34_confounders.ipynb #92f4e186
+def _patients(rows, groups):
+    "Number of the patient of each row; ValueError if one is missing"
+    lost = patient_names(rows[groups]).isna().sum()
+    if lost:
+        raise ValueError(f"groups has no patient for {lost} images")
+    return patient_ids(rows.assign(patient=rows[groups]))
+
 def shortcut_scores(rows:pd.DataFrame, # A row an image: the columns asked for, and the patient
                     y, # Labels, N×C or N: 1, 0 or NaN (unknown)
                     columns, # Names of the columns to predict from, together
@@ -40,9 +47,7 @@ def shortcut_scores(rows:pd.DataFrame, # A row an image: the columns asked for, 
     lacks = [c for c in [*columns, groups] if c not in rows]
     if lacks or not len(columns): raise ValueError(f"columns: rows has no {lacks or 'column to use'}, but {list(rows.columns)}")
     y, _, classes = _columns(y, y, None)
-    if len(rows) != len(y):
-        raise ValueError(f"groups: rows names the patients of {len(rows)} images, y has {len(y)}")
-    patient = patient_ids(rows.assign(patient=rows[groups]))
+    patient = _patients(rows, groups)
     x, res = pd.DataFrame({c: _categories(rows[c]) for c in columns}), np.full(tuple(y.shape), np.nan)
     for c,label in enumerate(y.T.numpy()):
         known, least = ~np.isnan(label), min(len(set(patient[label==v])) for v in (0,1))
@@ -61,11 +66,11 @@ def shortcut_auroc(rows:pd.DataFrame, # A row an image: the columns asked for, a
                   )->pd.DataFrame: # column, then as `auroc_table`
     "AUROC of each label predicted from columns instead of pixels. ValueError names the column or class at fault."
     columns = list(columns)
-    patient = patient_ids(rows.assign(patient=rows[groups])) if groups in rows else None     # `shortcut_scores` says so
     tables, wider = [], (1+folds/(folds-1))**.5
     sets = {c: [c] for c in columns} | ({' + '.join(columns): columns} if len(columns)>1 else {})
     for name,cols in sets.items():
-        table = auroc_table(y, shortcut_scores(rows, y, cols, groups, folds), patient, classes, **kwargs)
+        scores = shortcut_scores(rows, y, cols, groups, folds)
+        table = auroc_table(y, scores, _patients(rows, groups), classes, **kwargs)
         for k in ('low', 'high'): table[k] = (table.auroc + wider*(table[k]-table.auroc)).clip(0, 1)
         tables.append(table.assign(column=name)[['column', *table.columns]])
     return pd.concat(tables, ignore_index=True)

@@ -117,7 +117,7 @@ def test_columns_as_people_write_them(tmp_path, head, sep, capsys):
     assert 'boxes.csv: 1 boxes in 1 of 2 images' in capsys.readouterr().out
 
 def test_columns_that_are_missing(tmp_path):
-    with pytest.raises(DataError, match='needs a column `target`.*is it Targt'):
+    with pytest.raises(DataError, match='needs a column `Target`.*is it Targt'):
         read_boxes(boxes(tmp_path, 'a,1,1,9,9,1', head='patientId,x,y,width,height,Targt'), layout(tmp_path, ['a.png']))
 
 def test_rsna_by_the_same_rules(tmp_path):

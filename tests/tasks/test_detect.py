@@ -215,7 +215,7 @@ def test_bad_arguments(bad, words, tmp_path):
     (lambda i, b: (i, b.assign(height=np.nan)), 'not finite'),
     (lambda i, b: (i, pd.concat([b, b[:1].assign(Target=0, x=np.nan, y=np.nan, width=np.nan, height=np.nan)])), 'both with and without'),
     (lambda i, b: (i.assign(patient='P1'), b), '1 patients are in more than one split'),
-    (lambda i, b: (i.drop(index=0), b), 'not in the index'), (lambda i, b: (i, b.drop(columns='Target')), 'needs a column `target`')])
+    (lambda i, b: (i.drop(index=0), b), 'not in the index'), (lambda i, b: (i, b.drop(columns='Target')), 'needs a column `Target`')])
 def test_bad_tables_before_any_training(spoil, words, tmp_path, monkeypatch):
     index, boxes = write_files(tmp_path, 10)
     i, b = spoil(pd.read_csv(index), pd.read_csv(boxes))

@@ -18,7 +18,7 @@ from fastai.data.transforms import IntToFloatTensor
 from fastai.vision.core import PILImageBW, TensorImageBW
 from PIL import Image
 from ..core import patient_ids, some_names
-from .read import read_radiograph
+from .read import check_archive, read_radiograph
 from .table import DataError, checksum, fingerprint, folder, index_csv, label_matrix, missing_files
 from .table import boxes_of, clean_labels, drop_missing, read_published, read_text
 from .table import shared_patients, split_patients, unlabelled
@@ -269,6 +269,7 @@ def _med_labels(y, names):
 def _unpack(npz, out, names):
     "Every image as PNG below `out`, then index.csv"
     rows = []
+    check_archive(npz)
     with np.load(npz, allow_pickle=False) as z:
         for part,split in (('train','train'), ('val','valid'), ('test','test')):
             images,y = z[f'{part}_images'], z[f'{part}_labels']

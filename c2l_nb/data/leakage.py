@@ -102,7 +102,7 @@ def _near_steps(hashes, distance):
         at, gap = np.arange(n), 1
         while len(at := at[at + gap < end[at]]):
             hit = at[np.bitwise_count(h[at] ^ h[at + gap]) <= distance]
-            for earlier in masks[:band]:                             # a pair that agrees there was found there
+            for earlier in masks[:band] if len(hit) else ():         # a pair that agrees there was found there
                 hit = hit[(h[hit] ^ h[hit + gap]) & earlier != 0]
             i, j = order[hit], order[hit + gap]
             yield np.minimum(i, j), np.maximum(i, j)

@@ -448,7 +448,7 @@ def label_matrix(
 def image_size(
     path:str|Path, # PNG, JPEG, TIFF or DICOM
 )->tuple: # width, height, px
-    "Size of the upright image in a file, from its header; `DataError` if it is missing or no radiograph"
+    "Size of the upright image in a file, from its header; raises `DataError` if it is missing or no radiograph"
     if not os.path.isfile(path):
         raise DataError(f'{path}: image file is missing; restore it, or take its rows out of the table')
     try:

@@ -30,11 +30,11 @@ def _crossfit(x, y, patient, folds):
     return score
 
 # %% ../../nbs/3_evaluation/34_confounders.ipynb #92f4e186
-def _patients(rows, groups):
-    "Number of the patient of each row; ValueError if one is missing"
-    lost = patient_names(rows[groups]).isna().sum()
-    if lost:
-        raise ValueError(f"groups has no patient for {lost} images")
+def _patients(rows, groups, n):
+    "Number of the patient of each of `n` images; ValueError if one is missing"
+    known = patient_names(rows[groups]).notna()
+    if len(rows) != n or not known.all():
+        raise ValueError(f"groups must name the patient of each of the {n} images; {known.sum()} have one")
     return patient_ids(rows.assign(patient=rows[groups]))
 
 def shortcut_scores(rows:pd.DataFrame, # A row an image: the columns asked for, and the patient
@@ -47,7 +47,7 @@ def shortcut_scores(rows:pd.DataFrame, # A row an image: the columns asked for, 
     lacks = [c for c in [*columns, groups] if c not in rows]
     if lacks or not len(columns): raise ValueError(f"columns: rows has no {lacks or 'column to use'}, but {list(rows.columns)}")
     y, _, classes = _columns(y, y, None)
-    patient = _patients(rows, groups)
+    patient = _patients(rows, groups, len(y))
     x, res = pd.DataFrame({c: _categories(rows[c]) for c in columns}), np.full(tuple(y.shape), np.nan)
     for c,label in enumerate(y.T.numpy()):
         known, least = ~np.isnan(label), min(len(set(patient[label==v])) for v in (0,1))
@@ -70,7 +70,7 @@ def shortcut_auroc(rows:pd.DataFrame, # A row an image: the columns asked for, a
     sets = {c: [c] for c in columns} | ({' + '.join(columns): columns} if len(columns)>1 else {})
     for name,cols in sets.items():
         scores = shortcut_scores(rows, y, cols, groups, folds)
-        table = auroc_table(y, scores, _patients(rows, groups), classes, **kwargs)
+        table = auroc_table(y, scores, _patients(rows, groups, len(y)), classes, **kwargs)
         for k in ('low', 'high'): table[k] = (table.auroc + wider*(table[k]-table.auroc)).clip(0, 1)
         tables.append(table.assign(column=name)[['column', *table.columns]])
     return pd.concat(tables, ignore_index=True)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np, pandas as pd, pytest
 from PIL import Image
-from c2l_nb.data.leakage import alike_pairs, audit_leaks, hash_bits, near_pairs, small_square
+from c2l_nb.data.leakage import MANY, alike_pairs, audit_leaks, connected, differences, hash_bits, near_pairs, small_square
 from c2l_nb.data.phantom import phantom_batch
 from c2l_nb.data.table import DataError, index_csv
 
@@ -82,6 +82,46 @@ def test_flat_images_are_never_alike():
     assert np.isfinite(flat).all() and len(alike_pairs(flat)[0]) == 0
     noise = np.random.default_rng(0).integers(100, 102, (6, 96, 96)).astype(np.uint8)
     assert len(alike_pairs(np.stack([small_square(x) for x in noise]))[0]) == 0
+
+def noisy(film, n, spread):
+    "So many copies of a film, each with other noise"
+    rng = np.random.default_rng(0)
+    return np.stack([small_square((film + rng.normal(0, spread, film.shape)).clip(0, 255).astype(np.uint8)) for _ in range(n)])
+
+@pytest.mark.parametrize('spread', [0, 3])
+@pytest.mark.parametrize('n', [1500, 2500])
+def test_many_copies_of_one_image(films, squares, n, spread):
+    "Equal or nearly so, compared in all pairs or by the hash: one group, connected by as few pairs as can be; the others stay alone"
+    small = np.concatenate([noisy(films[0].astype(float), n, spread), squares[1:100]])
+    pairs, like = alike_pairs(small)
+    group = connected(len(small), pairs)
+    assert len(pairs) == n - 1 and (group[:n] == group[0]).all() and len(set(group)) == 100 and (like >= .965).all()
+    assert pairs.tolist() == sorted(pairs.tolist()) and (pairs[:, 0] < pairs[:, 1]).all()
+
+@pytest.mark.parametrize('few', [2000, 0])
+def test_all_pairs_of_a_small_group_are_listed(films, squares, few):
+    small = np.concatenate([noisy(films[0].astype(float), MANY, 0), squares[1:]])
+    assert alike_pairs(small, few=few)[0].tolist() == np.argwhere(np.triu(np.ones((MANY, MANY)), 1)).tolist()
+
+def test_groups_by_the_hash_are_those_of_all_near_pairs(films, squares):
+    "Two films with many copies each, and others"
+    small = np.concatenate([noisy(films[0].astype(float), 120, 1), noisy(films[1].astype(float), 70, 1), squares[2:]])
+    near = near_pairs(hash_bits(small))
+    like = (differences(small[near[:, 0]])*differences(small[near[:, 1]])).sum(1)
+    want = connected(len(small), near[like >= .965])
+    assert (connected(len(small), alike_pairs(small, few=0)[0]) == want).all() and len(set(want)) < 330
+
+def test_flat_images_are_not_compared():
+    assert len(alike_pairs(np.zeros((2500, 24, 24), np.float16))[0]) == 0
+
+def test_audit_of_many_near_copies(tmp_path, films):
+    "60 files of one film, one of them in test: all others leave"
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        Image.fromarray((films[0] + rng.integers(0, 2, films[0].shape)).clip(0, 255).astype(np.uint8)).save(tmp_path/f'{i}.png')
+    df = pd.DataFrame(dict(path=[str(tmp_path/f'{i}.png') for i in range(60)], patient=[str(i) for i in range(60)], split=['test'] + ['train']*59))
+    r = audit(df)
+    assert len(r.pairs) == 59 and r.rows.image.nunique() == 1 and r.drop.index.tolist() == list(range(1, 60))
 
 def test_patient_on_both_sides(five):
     "Of each collection alone: patient 1 of here is not patient 1 of there; unknown patients are nobody"

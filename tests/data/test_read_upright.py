@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageFile
 from c2l_nb.data.read import RadiographError, read_radiograph, upright_size
-from c2l_nb.data.table import DataError, check_boxes, image_size
+from c2l_nb.data.table import DataError
+from c2l_nb.data.table import check_boxes, image_size
 
 yy, xx = np.mgrid[:40,:60]
 GREY = (2*yy + 3*xx).astype(np.uint8)                       # 60 wide, 40 high; no two of its eight turns are equal

@@ -4,7 +4,8 @@ import numpy as np, pytest, torch
 import torch.nn.functional as F
 from torch import nn
 from fastai.basics import Categorize, DataLoader, DataLoaders, Datasets, Learner
-from c2l_nb.data.cache import patient_ids, pretrain_dls
+from c2l_nb.core import patient_ids
+from c2l_nb.data.cache import pretrain_dls
 from c2l_nb.training.callback import C2LCallback, C2LLoss, CountFalseNegatives, c2l_opt
 from c2l_nb.training.checkpoint import C2LCheckpoint, resume
 from c2l_nb.method.feature_queue import FeatureQueue, share_id

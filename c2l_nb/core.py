@@ -358,7 +358,7 @@ def patient_ids(
     if pd.api.types.is_integer_dtype(rows.patient):
         name = name.str.zfill(20)                            # sorted as numbers are
     own = rows.path.astype(str) if 'path' in rows else pd.Series(range(len(rows)), rows.index).astype(str)
-    name = name.where(name.notna(), '\0' + own.astype(object))          # no patient is named like this
+    name = name.where(name.notna(), '\n' + own.astype(object))          # no clean name begins like this
     source = patient_names(rows.source).fillna('') if 'source' in rows else ''
     keys = pd.DataFrame(dict(name=name, source=source)).astype(object)
     return keys.groupby(['name', 'source'], sort=sort).ngroup().to_numpy()

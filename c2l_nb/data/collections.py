@@ -60,7 +60,7 @@ def _table(csv, root, name, patient, split, labels, source, below='', **more):
     twice = name[name.duplicated()]
     if len(twice): raise DataError(f'{csv}: {len(twice):,} names stand there once more: {some_names(list(twice))}; fetch it anew')
     path = f'{root}{os.sep}' + (below + name.astype(object))
-    labels = clean_labels(pd.Series(labels)).to_numpy()
+    labels = clean_labels(pd.Series(np.broadcast_to(np.asarray(labels, object), len(name)))).to_numpy()
     df = pd.DataFrame(dict(path=path, patient=patient, split=split, labels=labels, source=source, name=name, **more))
     return df.reset_index(drop=True)
 

@@ -1,10 +1,8 @@
 "Boxes: the competition's metric against a second one written with plain loops, the way to a square and back."
 import math, random
-import numpy as np, pandas as pd, pytest
-from PIL import Image
-from c2l_nb.evaluation.detection_metrics import (IOUS, SCORES, coco_ap, image_score, map_difference, map_table, read_predictions,
+import numpy as np, pytest
+from c2l_nb.evaluation.detection_metrics import (SCORES, coco_ap, image_score, map_difference, map_table, read_predictions,
                           score_images, square_boxes, unsquare, write_predictions)
-from c2l_nb.data.phantom import write_phantoms
 from c2l_nb.data.cache import to_square
 from c2l_nb.data.table import DataError
 
